@@ -1,0 +1,1 @@
+"""Token-based image synthesis with non-autoregressive Transformers (ENAT, AutoNAT) in JAX."""

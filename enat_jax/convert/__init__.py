@@ -1,0 +1,1 @@
+"""Turns weights published for other frameworks into this package's parameters."""

@@ -1,0 +1,114 @@
+"""The rule table of ENAT's published PyTorch weights."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from enat_jax.convert.apply import ConvertError, Rule, flatten, transpose
+from enat_jax.models.enat import ENATConfig
+
+# PyTorch name, our path, what happens to the tensor
+TABLE = [
+    ("x_embedder.word_embeddings.weight", "embedding.word", None),
+    ("x_embedder.position_embeddings.weight", "embedding.position", None),
+    ("x_embedder.LayerNorm.weight", "embedding.norm.scale", None),
+    ("x_embedder.LayerNorm.bias", "embedding.norm.bias", None),
+    ("y_embedder.embedding_table.weight", "class_embedding", None),
+    ("prev_proj.norm.weight", "reuse_projection.norm.scale", None),
+    ("prev_proj.norm.bias", "reuse_projection.norm.bias", None),
+    ("prev_proj.mlp.fc1.weight", "reuse_projection.mlp.up.kernel", transpose),
+    ("prev_proj.mlp.fc1.bias", "reuse_projection.mlp.up.bias", None),
+    ("prev_proj.mlp.fc2.weight", "reuse_projection.mlp.down.kernel", transpose),
+    ("prev_proj.mlp.fc2.bias", "reuse_projection.mlp.down.bias", None),
+    ("norm.weight", "head.norm_in.scale", None),
+    ("norm.bias", "head.norm_in.bias", None),
+    ("mlm_layer.fc.weight", "head.linear.kernel", transpose),
+    ("mlm_layer.fc.bias", "head.linear.bias", None),
+    ("mlm_layer.ln.weight", "head.norm_out.scale", None),
+    ("mlm_layer.ln.bias", "head.norm_out.bias", None),
+    ("mlm_layer.bias", "head.bias", flatten),
+]
+
+# within `blocks.N`: the first blocks are the encoder, the others the decoder
+BLOCK_TABLE = [
+    ("adaLN_modulation.1.weight", "modulation.kernel", transpose),
+    ("adaLN_modulation.1.bias", "modulation.bias", None),
+    ("attn.q.weight", "attention.query.kernel", transpose),
+    ("attn.q.bias", "attention.query.bias", None),
+    ("attn.kv.A.weight", "attention.context_key_value.kernel", transpose),
+    ("attn.kv.A.bias", "attention.context_key_value.bias", None),
+    ("attn.kv.B.weight", "attention.own_key_value.kernel", transpose),
+    ("attn.kv.B.bias", "attention.own_key_value.bias", None),
+    ("attn.proj.weight", "attention.out.kernel", transpose),
+    ("attn.proj.bias", "attention.out.bias", None),
+    ("mlp.fc1.weight", "mlp.up.kernel", transpose),
+    ("mlp.fc1.bias", "mlp.up.bias", None),
+    ("mlp.fc2.weight", "mlp.down.kernel", transpose),
+    ("mlp.fc2.bias", "mlp.down.bias", None),
+]
+
+
+def never_read(name: str) -> bool:
+    """Whether a published tensor belongs to the MLP that the reference builds and never calls."""
+    return name.startswith("prev_embedder.")
+
+
+def rules(cfg: ENATConfig) -> list[Rule]:
+    """One rule per parameter of `ENAT(cfg)`."""
+    depth = cfg.encoder_depth + cfg.decoder_depth
+    stacks = {
+        "encoder": range(cfg.encoder_depth),
+        "decoder": range(cfg.encoder_depth, depth),
+    }
+    table = [Rule(source, target, how or (lambda x: x)) for source, target, how in TABLE]
+    for stack, blocks in stacks.items():
+        for source, target, how in BLOCK_TABLE:
+            names = tuple(f"blocks.{block}.{source}" for block in blocks)
+            table.append(Rule(names, f"{stack}.{target}", how or (lambda x: x)))
+    return table
+
+
+def sizes_from_weights(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of `ENATConfig` that the weights tell; heads and encoder depth they do not.
+
+    Returns:
+        Field values, and under "depth" the number of all blocks.
+
+    Raises:
+        ConvertError: a tensor that tells a size is missing or not a matrix.
+    """
+    needed = {
+        "word": "x_embedder.word_embeddings.weight",
+        "position": "x_embedder.position_embeddings.weight",
+        "classes": "y_embedder.embedding_table.weight",
+        "hidden": "blocks.0.mlp.fc1.weight",
+    }
+    absent = [name for name in needed.values() if np.ndim(weights.get(name, 0)) != 2]
+    if absent:
+        raise ConvertError(f"these are not ENAT's weights: no matrix {', '.join(absent)}")
+    rows = {key: weights[name].shape[0] for key, name in needed.items()}
+    width = weights[needed["word"]].shape[1]
+    blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
+    return {
+        "length": rows["position"],
+        "codebook_size": rows["word"] - 1,
+        "num_classes": rows["classes"] - 1,
+        "width": width,
+        "mlp_ratio": rows["hidden"] / width,
+        "depth": max(blocks) + 1,
+    }
+
+
+def grid_of(length: int) -> tuple[int, int]:
+    """The square token grid of an image of `length` tokens.
+
+    Raises:
+        ConvertError: the length is no square.
+    """
+    side = math.isqrt(length)
+    if side * side != length:
+        raise ConvertError(f"{length} positions are no square grid")
+    return side, side

@@ -1,0 +1,1 @@
+"""The networks: pure maths on arrays, without config files and without sharding."""

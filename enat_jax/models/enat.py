@@ -1,0 +1,403 @@
+"""ENAT: an encoder for visible tokens, a decoder for masked ones, and reused features."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from enat_jax.models.attention import Implementation, SelfCrossAttention
+from enat_jax.models.layers import (
+    EMBEDDING_STD,
+    LayerNorm,
+    Linear,
+    Mlp,
+    TokenEmbedding,
+    dropout,
+    layer_norm,
+    zeros,
+)
+from enat_jax.models.stack import Remat, make_stack, map_stack, run_stack, unstack
+from enat_jax.plans import Plan
+
+BLOCK_EPSILON = 1e-6  # norms inside blocks, of the embedding and of the reuse projection
+HEAD_EPSILON = 1e-5  # norms after the last block
+
+
+@dataclass(frozen=True)
+class ENATConfig:
+    """Sizes of ENAT and how it computes.
+
+    Attributes:
+        length: tokens per image.
+        codebook_size: number of discrete codes; also the mask token's id.
+        num_classes: number of classes; also the null class's id.
+        width: features per token.
+        num_heads: attention heads; divides `width`.
+        encoder_depth: blocks that new tokens run through.
+        decoder_depth: blocks that masked tokens run through.
+        mlp_ratio: hidden width of the MLPs over `width`.
+        dropout: rate on the embeddings, in training only.
+        dtype: type of activations and matrix operands; parameters stay float32.
+        attention: implementation of attention.
+        remat: what the backward pass recomputes.
+    """
+
+    length: int = 256
+    codebook_size: int = 1024
+    num_classes: int = 1000
+    width: int = 768
+    num_heads: int = 8
+    encoder_depth: int = 15
+    decoder_depth: int = 1
+    mlp_ratio: float = 4.0
+    dropout: float = 0.1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Implementation = "xla"
+    remat: Remat = "none"
+
+    @property
+    def mask_id(self) -> int:
+        """The id that stands for a masked token."""
+        return self.codebook_size
+
+    @property
+    def null_class_id(self) -> int:
+        """The class of the unconditional branch."""
+        return self.num_classes
+
+
+class Modulation(NamedTuple):
+    """adaLN's eight vectors per block and image, `[b, l, g, 8 * d]`, or a list over `l`."""
+
+    encoder: Any
+    decoder: Any
+
+
+class Block(nnx.Module):
+    """SC-attention and an MLP, both modulated by the class through adaLN with eight vectors."""
+
+    def __init__(self, cfg: ENATConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(cfg.dtype)
+        self.attention = SelfCrossAttention(
+            cfg.width, cfg.num_heads, dtype=dtype, implementation=cfg.attention, rngs=rngs
+        )
+        self.mlp = Mlp(cfg.width, cfg.mlp_ratio, dtype=dtype, rngs=rngs)
+        # zero: every block starts as the identity
+        self.modulation = Linear(
+            cfg.width, 8 * cfg.width, dtype=dtype, kernel_init=zeros, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        context: Float[Array, "b m d"] | None,
+        modulation: Float[Array, "b g k"],
+        *,
+        own_counts: Sequence[int],
+        context_blocks: Sequence[Sequence[int]] = (),
+        valid: Bool[Array, " k"] | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Updates own tokens; `context` is already normalised, for it is the same in all blocks."""
+        (shift, scale, context_shift, context_scale, gate, mlp_shift, mlp_scale, mlp_gate) = (
+            jnp.split(modulation.astype(jnp.float32), 8, axis=-1)
+        )
+
+        def spread(values: Float[Array, "b g d"]) -> Float[Array, "b n d"]:
+            return spread_over_tokens(values, [own_counts])
+
+        if context is not None:
+            context = context * (1 + spread_over_tokens(context_scale, context_blocks))
+            context = context + spread_over_tokens(context_shift, context_blocks)
+        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + spread(scale)) + spread(shift)
+        y = self.attention(
+            y, context, own_counts=own_counts, context_blocks=context_blocks, valid=valid
+        )
+        x = (x + spread(gate) * y).astype(x.dtype)
+        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + spread(mlp_scale)) + spread(mlp_shift)
+        return (x + spread(mlp_gate) * self.mlp(y)).astype(x.dtype)
+
+
+def spread_over_tokens(
+    values: Float[Array, "b g d"], blocks: Sequence[Sequence[int]]
+) -> Float[Array, "b n d"]:
+    """Repeats each image's vector over that image's tokens, block after block."""
+    parts = [
+        repeat(values[:, image], "b d -> b n d", n=count)
+        for block in blocks
+        for image, count in enumerate(block)
+        if count
+    ]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+class ReuseProjection(nnx.Module):
+    """`f(z) = z + MLP(LN(z))`, which carries features from one step to the next (section 4.2)."""
+
+    def __init__(self, cfg: ENATConfig, *, rngs: nnx.Rngs):
+        self.norm = LayerNorm(cfg.width, epsilon=BLOCK_EPSILON)
+        self.mlp = Mlp(cfg.width, cfg.mlp_ratio, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+
+    def __call__(self, features: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
+        """Projects features of previous tokens."""
+        return (features + self.mlp(self.norm(features))).astype(features.dtype)
+
+
+class Head(nnx.Module):
+    """BERT's masked-token head; its output matrix is the embedding's, without its gradient."""
+
+    def __init__(self, cfg: ENATConfig, *, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(cfg.dtype)
+        self.norm_in = LayerNorm(cfg.width, epsilon=HEAD_EPSILON)
+        self.linear = Linear(cfg.width, cfg.width, dtype=self.dtype, rngs=rngs)
+        self.norm_out = LayerNorm(cfg.width, epsilon=HEAD_EPSILON)
+        self.bias = nnx.Param(jnp.zeros(cfg.codebook_size + 1))  # the mask's is never used
+
+    def __call__(
+        self, x: Float[Array, "b m d"], word: Float[Array, "w d"]
+    ) -> Float[Array, "b m v"]:
+        """Logits over the codebook, float32, the mask token's column left out."""
+        x = jax.nn.gelu(self.linear(self.norm_in(x)).astype(jnp.float32), approximate=False)
+        logits = jnp.matmul(
+            self.norm_out(x).astype(self.dtype),
+            jax.lax.stop_gradient(word[:-1]).astype(self.dtype).T,
+            preferred_element_type=jnp.float32,
+        )
+        return logits + self.bias[...][:-1]
+
+
+class ENAT(nnx.Module):
+    """The network of ENAT (NeurIPS 2024), on rows that pack several images.
+
+    A row holds `g` images, each with its own `Plan`; token axes run image after image. Positions
+    and ids come in reveal order, so that an image's previous, new and masked tokens are slices.
+
+    Args:
+        cfg: sizes.
+        rngs: keys of the initialisation.
+        constrain: applied to activations after every block; placement rules go in here.
+    """
+
+    def __init__(
+        self,
+        cfg: ENATConfig,
+        *,
+        rngs: nnx.Rngs,
+        constrain: Callable[[Array], Array] = lambda x: x,
+    ):
+        self.cfg = cfg
+        self.constrain = constrain
+        self.embedding = TokenEmbedding(
+            cfg.codebook_size + 1, cfg.length, cfg.width, rngs=rngs
+        )
+        self.class_embedding = nnx.Param(
+            EMBEDDING_STD * jax.random.normal(rngs.params(), (cfg.num_classes + 1, cfg.width))
+        )
+        self.reuse_projection = ReuseProjection(cfg, rngs=rngs)
+        self.encoder: Any = make_stack(lambda r: Block(cfg, rngs=r), cfg.encoder_depth, rngs=rngs)
+        self.decoder: Any = make_stack(lambda r: Block(cfg, rngs=r), cfg.decoder_depth, rngs=rngs)
+        self.head = Head(cfg, rngs=rngs)
+
+    def modulate(self, class_ids: Int[Array, "b g"]) -> Modulation:
+        """adaLN's vectors of all blocks; they depend on the class alone."""
+        c = jax.nn.silu(self.class_embedding[...][class_ids])
+        return Modulation(
+            encoder=map_stack(self.encoder, lambda block: block.modulation(c)),
+            decoder=map_stack(self.decoder, lambda block: block.modulation(c)),
+        )
+
+    def embed(
+        self,
+        token_ids: Int[Array, "b n"] | int,
+        positions: Int[Array, "b n"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Embeds tokens; `key` turns dropout on."""
+        x = dropout(self.embedding(token_ids, positions), self.cfg.dropout, key)
+        return x.astype(self.cfg.dtype)
+
+    def encode(
+        self,
+        modulation: Modulation,
+        token_ids: Int[Array, "b n"],
+        positions: Int[Array, "b n"],
+        plans: Sequence[Plan],
+        *,
+        previous: Float[Array, "b p d"] | None = None,
+        valid: Bool[Array, " k"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Features of the new tokens, which read previous features and each other.
+
+        Args:
+            modulation: from `modulate`.
+            token_ids: ids of the new tokens.
+            positions: their positions.
+            plans: the plan of each image in the row.
+            previous: normalised projected features of previous tokens, None where there are none.
+            valid: which of previous and new tokens exist; None for all.
+            key: turns dropout on.
+        """
+        own_counts = [plan.new for plan in plans]
+        context_blocks = [[plan.previous for plan in plans]]
+
+        def apply(block: Block, x: Array, vectors: Array) -> Array:
+            x = block(
+                x,
+                previous,
+                vectors,
+                own_counts=own_counts,
+                context_blocks=context_blocks,
+                valid=valid,
+            )
+            return self.constrain(x)
+
+        x = self.embed(token_ids, positions, key)
+        return run_stack(self.encoder, x, modulation.encoder, apply, remat=self.cfg.remat)
+
+    def decode(
+        self,
+        modulation: Modulation,
+        positions: Int[Array, "b m"],
+        plans: Sequence[Plan],
+        *,
+        context: Float[Array, "b c d"] | None,
+        valid: Bool[Array, " k"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b m d"]:
+        """Features of the masked tokens, which read the visible ones and each other.
+
+        Args:
+            modulation: from `modulate`.
+            positions: positions of the masked tokens.
+            plans: the plan of each image in the row.
+            context: normalised features of all previous, then all new tokens; None if none.
+            valid: which of previous, new and masked tokens exist; None for all.
+            key: turns dropout on.
+        """
+        own_counts = [plan.masked for plan in plans]
+        context_blocks = [[plan.previous for plan in plans], [plan.new for plan in plans]]
+
+        def apply(block: Block, x: Array, vectors: Array) -> Array:
+            x = block(
+                x,
+                context,
+                vectors,
+                own_counts=own_counts,
+                context_blocks=context_blocks,
+                valid=valid,
+            )
+            return self.constrain(x)
+
+        x = self.embed(self.cfg.mask_id, positions, key)
+        return run_stack(self.decoder, x, modulation.decoder, apply, remat=self.cfg.remat)
+
+    def __call__(
+        self,
+        modulation: Modulation,
+        token_ids: Int[Array, "b n"],
+        positions: Int[Array, "b n"],
+        masked_positions: Int[Array, "b m"],
+        plans: Sequence[Plan],
+        *,
+        features: Float[Array, "b p d"] | None = None,
+        counts: Plan | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "b p d"] | None, Float[Array, "b n d"] | None, Float[Array, "b m v"]]:
+        """One network call: encode the new tokens, decode the masked ones.
+
+        Args:
+            modulation: from `modulate`.
+            token_ids: ids of the new tokens, image after image.
+            positions: their positions.
+            masked_positions: positions of the masked tokens.
+            plans: the (padded) plan of each image in the row.
+            features: features of the previous tokens as the call before returned them.
+            counts: traced counts within the padded plan; rows of one image only.
+            key: turns dropout on.
+
+        Returns:
+            The projected features of previous tokens, the features of new tokens (None where
+            there are no such tokens), and the logits of masked tokens.
+        """
+        encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
+        encoder_valid = decoder_valid = None
+        if counts is not None:
+            (shape,) = plans
+            exists = [jnp.arange(size) < count for size, count in zip(shape, counts, strict=True)]
+            encoder_valid = jnp.concatenate(exists[:2])
+            decoder_valid = jnp.concatenate(exists)
+
+        previous = encoded = None
+        context = []
+        if features is not None and features.shape[1]:
+            previous = self.reuse_projection(features)
+            context.append(layer_norm(previous, epsilon=BLOCK_EPSILON).astype(previous.dtype))
+        if token_ids.shape[1]:
+            encoded = self.encode(
+                modulation,
+                token_ids,
+                positions,
+                plans,
+                previous=context[0] if context else None,
+                valid=encoder_valid,
+                key=encoder_key,
+            )
+            context.append(layer_norm(encoded, epsilon=BLOCK_EPSILON).astype(encoded.dtype))
+        x = self.decode(
+            modulation,
+            masked_positions,
+            plans,
+            context=jnp.concatenate(context, axis=1) if context else None,
+            valid=decoder_valid,
+            key=decoder_key,
+        )
+        return previous, encoded, self.head(x, self.embedding.word[...])
+
+    # What the generation loop asks of a network (`generate.Network`).
+
+    def condition(self, class_ids: Int[Array, " b"]) -> Modulation:
+        """What one image a row needs from its class at every step."""
+        return self.modulate(class_ids[:, None])
+
+    def initial_state(self, batch: int, capacity: int) -> Float[Array, "b p d"]:
+        """Room for the features of `capacity` revealed tokens, in reveal order."""
+        return jnp.zeros((batch, capacity, self.cfg.width), self.cfg.dtype)
+
+    def predict(
+        self,
+        modulation: Modulation,
+        features: Float[Array, "b p d"],
+        token_ids: Int[Array, "b n"],
+        positions: Int[Array, "b n"],
+        masked_positions: Int[Array, "b m"],
+        shape: Plan,
+        counts: Plan | None,
+    ) -> tuple[Float[Array, "b m v"], Float[Array, "b p d"]]:
+        """Logits of the masked tokens, and the features with the new tokens' at their end."""
+        previous, encoded, logits = self(
+            modulation,
+            token_ids,
+            positions,
+            masked_positions,
+            [shape],
+            features=features[:, : shape.previous],
+            counts=counts,
+        )
+        if previous is not None:
+            features = jax.lax.dynamic_update_slice_in_dim(features, previous, 0, axis=1)
+        if encoded is not None:
+            start = shape.previous if counts is None else counts.previous
+            features = jax.lax.dynamic_update_slice_in_dim(features, encoded, start, axis=1)
+        return logits, features
+
+    def unstacked(self) -> "ENAT":
+        """The same network with every block's weights in arrays of their own."""
+        graphdef, params = nnx.split(self)
+        model = nnx.merge(graphdef, params)
+        model.encoder, model.decoder = unstack(self.encoder), unstack(self.decoder)
+        return model

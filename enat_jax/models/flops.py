@@ -1,0 +1,60 @@
+"""ENAT's matrix-product FLOPs by formula, two per multiply-add."""
+
+from collections.abc import Sequence
+
+from enat_jax.models.enat import ENATConfig
+from enat_jax.plans import Bucket, Plan
+
+
+def modulation_flops(cfg: ENATConfig) -> float:
+    """adaLN's vectors of all blocks, for one class of one image."""
+    return 2.0 * (cfg.encoder_depth + cfg.decoder_depth) * 8 * cfg.width**2
+
+
+def _block_flops(cfg: ENATConfig, own: int, context: int) -> float:
+    d = cfg.width
+    own_products = own * (d * d + 2 * d * d + d * d + 2 * cfg.mlp_ratio * d * d)
+    context_products = context * 2 * d * d
+    attention = 2 * own * (own + context) * d
+    return 2.0 * (own_products + context_products + attention)
+
+
+def encoder_flops(cfg: ENATConfig, plan: Plan) -> float:
+    """The encoder on one image's new tokens; nothing where there are none."""
+    return cfg.encoder_depth * _block_flops(cfg, plan.new, plan.previous) if plan.new else 0.0
+
+
+def step_flops(cfg: ENATConfig, plan: Plan) -> float:
+    """One network call on one branch of one image, modulation left out."""
+    reuse = 2.0 * plan.previous * 2 * cfg.mlp_ratio * cfg.width**2
+    decoder = cfg.decoder_depth * _block_flops(cfg, plan.masked, plan.previous + plan.new)
+    head = 2.0 * plan.masked * cfg.width * (cfg.width + cfg.codebook_size)
+    return reuse + encoder_flops(cfg, plan) + decoder + head
+
+
+def generation_flops(cfg: ENATConfig, buckets: Sequence[Bucket], *, padded: bool) -> float:
+    """Generating one image, with or without what the buckets' padding adds."""
+    branches = 2 if any(bucket.guided for bucket in buckets) else 1
+    total = branches * modulation_flops(cfg)
+    for bucket in buckets:
+        for plan in bucket.plans:
+            shape = bucket.shape if padded else plan
+            total += (2 if bucket.guided else 1) * step_flops(cfg, shape)
+    return total
+
+
+def training_flops(cfg: ENATConfig, plans: Sequence[Plan]) -> float:
+    """One image of a training step, averaged over the plans of a row.
+
+    The student's forward pass counts three times (the backward pass is two), the EMA network's
+    pass over the previous tokens once. What remat computes again is not counted.
+    """
+    total = 0.0
+    for plan in plans:
+        student = step_flops(cfg, plan) + modulation_flops(cfg)
+        # the head's word matrix is detached: no product for its gradient
+        detached = 2.0 * plan.masked * cfg.width * cfg.codebook_size
+        ema = encoder_flops(cfg, Plan(0, plan.previous, plan.masked + plan.new))
+        ema += modulation_flops(cfg) if plan.previous else 0.0
+        total += 3 * student - detached + ema
+    return total / len(plans)

@@ -1,0 +1,67 @@
+"""The optimiser: AdamW with linear warm-up, and the moving average of its parameters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """ENAT's recipe by default (its section 5.1 and code).
+
+    Attributes:
+        learning_rate: after the warm-up, for the config's own batch size.
+        warmup_steps: steps of linear warm-up; the first two steps have rate 0, as the reference's.
+        decay: `constant`, or `cosine` to 0 at the last step.
+        weight_decay: decoupled, on every parameter.
+        betas: Adam's averages of gradient and squared gradient.
+        epsilon: added to the root of the second moment.
+        max_grad_norm: clips the global gradient norm; 0 does not clip.
+        ema_decay: of the moving average of parameters, used for features and for sampling.
+    """
+
+    learning_rate: float = 4e-4
+    warmup_steps: int = 5000
+    decay: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.03
+    betas: tuple[float, float] = (0.99, 0.99)
+    epsilon: float = 1e-8
+    max_grad_norm: float = 0.0
+    ema_decay: float = 0.9999
+
+
+def learning_rate_schedule(cfg: OptimConfig, total_steps: int) -> Callable[[Any], Array]:
+    """Learning rate at a step, counted from 0: `lr * min(max(step - 1, 0) / warmup, 1)`."""
+
+    def schedule(step: Any) -> Array:
+        done = jnp.maximum(jnp.asarray(step, jnp.float32) - 1, 0)
+        rate = cfg.learning_rate * jnp.minimum(done / max(cfg.warmup_steps, 1), 1)
+        if cfg.decay == "cosine":
+            span = max(total_steps - cfg.warmup_steps, 1)
+            progress = jnp.clip((done - cfg.warmup_steps) / span, 0, 1)
+            rate = rate * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return rate
+
+    return schedule
+
+
+def make_optimizer(
+    cfg: OptimConfig, learning_rate: Callable[[Any], Array] | float
+) -> optax.GradientTransformation:
+    """AdamW on every parameter, after clipping where the config asks for it."""
+    adamw = optax.adamw(
+        learning_rate, *cfg.betas, eps=cfg.epsilon, weight_decay=cfg.weight_decay
+    )
+    if cfg.max_grad_norm:
+        return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
+    return adamw
+
+
+def update_ema(ema: Any, params: Any, decay: float) -> Any:
+    """`decay * ema + (1 - decay) * params`, leaf by leaf."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)

@@ -1,0 +1,1 @@
+"""Tokenizers: maps between images and grids of discrete token ids."""
