@@ -16,11 +16,13 @@ from jaxtyping import PyTree
 from orbax.checkpoint import utils as orbax_utils
 from orbax.checkpoint import v1 as ocp
 
+from enat_jax.errors import UserError
+
 _LOGGER = logging.getLogger(__name__)
 _MOST_NAMED = 8  # fields named in one error line
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, read, or is of another model; the message is one line."""
 
 

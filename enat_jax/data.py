@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int32, UInt16
 
 from enat_jax.digits.builder import Digits
+from enat_jax.errors import UserError
 
 Columns = tuple[UInt16[np.ndarray, "b n"], Int32[np.ndarray, " b"]]
 
@@ -21,7 +22,7 @@ _MAX_CODEBOOK_SIZE = 2**16  # records hold uint16
 _CHUNK = 4096  # records decoded at a time: some MB
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Records that are missing, unreadable, or not what their metadata say."""
 
 

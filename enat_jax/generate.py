@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ Noise = Callable[
 """(step, positions) -> standard Gumbel noise on the logits and on the confidence there."""
 
 
+@runtime_checkable
 class Network(Protocol):
     """What the loop asks of a network; every leaf of its state has the batch as its first axis."""
 
@@ -278,9 +279,7 @@ def _step(
         counts,
     )
     if running < branches:  # the unconditional branch had nothing to add to its features
-        features = jax.tree.map(
-            lambda old, x: old.at[::branches].set(x), state.features, features
-        )
+        features = jax.tree.map(lambda old, x: old.at[::branches].set(x), state.features, features)
     state = state._replace(features=features)
 
     logits = rearrange(logits, "(b r) m v -> r b m v", r=running)

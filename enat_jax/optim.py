@@ -54,9 +54,7 @@ def make_optimizer(
     cfg: OptimConfig, learning_rate: Callable[[Any], Array] | float
 ) -> optax.GradientTransformation:
     """AdamW on every parameter, after clipping where the config asks for it."""
-    adamw = optax.adamw(
-        learning_rate, *cfg.betas, eps=cfg.epsilon, weight_decay=cfg.weight_decay
-    )
+    adamw = optax.adamw(learning_rate, *cfg.betas, eps=cfg.epsilon, weight_decay=cfg.weight_decay)
     if cfg.max_grad_norm:
         return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
     return adamw

@@ -1,5 +1,6 @@
 """Plans: how many tokens of an image are previous, new and masked, decided before tracing."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,10 +34,12 @@ def generation_plans(masked_counts: Sequence[int], length: int) -> tuple[Plan, .
         ValueError: counts that increase, leave a step nothing to predict, or do not end at 0.
     """
     before = [length, *(int(count) for count in masked_counts)]
-    if before[-1] != 0 or any(later > earlier for earlier, later in zip(before, before[1:])):  # noqa: B905 - pairs
+    if before[-1] != 0 or any(later > earlier for earlier, later in itertools.pairwise(before)):
         raise ValueError(f"masked counts {before} must not increase and must end at 0")
     if 0 in before[:-1]:
-        raise ValueError(f"masked counts {before} reach 0 before the last of {len(before) - 1} steps")
+        raise ValueError(
+            f"masked counts {before} reach 0 before the last of {len(before) - 1} steps"
+        )
     plans = []
     previous = 0
     for masked in before[:-1]:
@@ -171,9 +174,7 @@ def group_into_buckets(
     for cut in reversed(cuts):
         ends.append(int(cut[ends[-1]]))
     ends.reverse()
-    return tuple(
-        _bucket(plans[i:j], guided[i:j]) for i, j in zip(ends[:-1], ends[1:], strict=True)
-    )
+    return tuple(_bucket(plans[i:j], guided[i:j]) for i, j in itertools.pairwise(ends))
 
 
 def padding(buckets: Sequence[Bucket], cost: Callable[[Plan], float]) -> float:

@@ -113,7 +113,7 @@ def row_loss(
             ema_plans,
         )
         features = jax.lax.stop_gradient(features)
-    _, _, logits = model(
+    out = model(
         model.modulate(draws.class_ids),
         pack(in_order, 1),
         pack(draws.order, 1),
@@ -124,7 +124,7 @@ def row_loss(
     )
     weights = np.concatenate([np.full(plan.masked, 1 / plan.masked) for plan in plans])
     return masked_cross_entropy(
-        logits,
+        model.logits(out.masked),
         pack(in_order, 2),
         jnp.asarray(weights, jnp.float32),
         label_smoothing=label_smoothing,

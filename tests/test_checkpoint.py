@@ -216,8 +216,9 @@ def test_a_data_position_of_another_pipeline_is_no_damage(tmp_path):
         checkpoints.save(1, {"step": jnp.int32(1)}, data=data_iterator(), metadata={})
     part = grain.MapDataset.range(8).to_iter_dataset()
     other = iter(grain.IterDataset.mix([part, part]))
-    with pytest.raises(CheckpointError, match="is of another data pipeline"):
+    with pytest.raises(CheckpointError, match="KeyError: 'parents'") as error:
         Checkpoints(tmp_path, read_only=True).restore({"step": jnp.int32(0)}, data=other)
+    assert str(error.value).startswith(f"{tmp_path / '1'} is of another data pipeline: ")
 
 
 @pytest.mark.usefixtures("failed_reads")
@@ -265,18 +266,19 @@ def test_whatever_file_is_lost_or_cut_the_values_restored_are_ones_that_were_sav
 @pytest.mark.usefixtures("failed_reads")
 def test_a_damaged_step_is_set_aside_so_that_it_is_saved_again(tmp_path):
     save_steps(tmp_path, 10, 20)
-    halve(largest_file(tmp_path / "20" / "ema"))
     lines = []
-    with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
-        assert checkpoints.restore(abstract(make_trees(0)), warn=lines.append)[0] == 10
-        assert checkpoints.steps() == [10]
-        assert (tmp_path / "20.damaged").is_dir()
-        checkpoints.save(15, make_trees(15), metadata={})
+    with contextlib.closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
+        for _ in range(2):
+            halve(largest_file(tmp_path / "20" / "ema"))
+            assert checkpoints.restore(abstract(make_trees(0)), warn=lines.append)[0] == 10
+            assert checkpoints.steps() == [10]
+            assert (tmp_path / "20.damaged").is_dir()
+            checkpoints.save(20, make_trees(20), metadata={})
+            assert checkpoints.restore(abstract(make_trees(0)), warn=lines.append)[0] == 20
+        checkpoints.save(30, make_trees(30), metadata={})
         checkpoints.wait()
-        assert checkpoints.steps() == [15]  # the damaged one does not count as the one kept
-        checkpoints.save(20, make_trees(20), metadata={})
-        assert checkpoints.restore(abstract(make_trees(0)), warn=lines.append)[0] == 20
-    assert len(lines) == 1
+        assert checkpoints.steps() == [20, 30]
+    assert len(lines) == 2
 
 
 @pytest.mark.usefixtures("failed_reads")
@@ -291,11 +293,11 @@ def test_when_all_are_damaged_the_error_names_them(tmp_path):
 
 def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
     def load(*_, **__):
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 1 bytes")
 
     save_steps(tmp_path, 10, 20)
     monkeypatch.setattr("orbax.checkpoint.v1.load", load)
-    with pytest.raises(CheckpointError, match=r"no room for 20: .*Out of memory"):
+    with pytest.raises(CheckpointError, match=r"no room for 20: .*Out of memory$"):
         Checkpoints(tmp_path, read_only=True).restore({"step": jnp.int32(0)})
 
 
@@ -379,7 +381,7 @@ def test_kill_9_during_a_save_leaves_the_step_before_and_its_debris_is_cleaned(t
         step, trees = checkpoints.restore(tree)
         assert step == 1
         np.testing.assert_array_equal(trees["x"], np.arange(1000.0))
-        checkpoints.save(2, trees, metadata={})
+        checkpoints.save(3, trees, metadata={})
         checkpoints.wait()
         assert not list(tmp_path.glob("*tmp*"))
-        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.steps() == [1, 3]

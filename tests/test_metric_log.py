@@ -31,10 +31,10 @@ def read_events(workdir):
 
 
 def test_each_call_is_one_line_with_step_time_and_values(tmp_path):
-    with MetricLog(tmp_path / "new") as log:
+    with MetricLog(tmp_path / "runs" / "new") as log:
         log.scalars(1, {"loss": 2.5, "accuracy": np.float32(0.25)})
         log.scalars(2, {"loss": 2})
-    first, second = read_lines(tmp_path / "new")
+    first, second = read_lines(tmp_path / "runs" / "new")
     assert 1.6e9 < first.pop("time") <= second.pop("time")
     assert first == {"step": 1, "loss": 2.5, "accuracy": 0.25}
     assert second == {"step": 2, "loss": 2.0}
@@ -91,6 +91,12 @@ def test_a_line_torn_by_a_kill_is_dropped_and_the_others_stay(tmp_path):
         with MetricLog(tmp_path, start_step=3) as log:
             log.scalars(4, {"loss": 4})
         assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 4]
+
+
+def test_a_line_a_power_cut_left_blank_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + bytes(20) + b'\n{"step": 2}\n')
+    MetricLog(tmp_path, start_step=2).close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
 
 
 def test_dropping_lines_never_leaves_the_file_half_written(tmp_path, monkeypatch):

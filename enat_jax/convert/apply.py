@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from enat_jax.errors import UserError
 
-class ConvertError(ValueError):
+
+class ConvertError(UserError):
     """Weights that do not fit the network; the message names every tensor that does not."""
 
 

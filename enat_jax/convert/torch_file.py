@@ -23,6 +23,8 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Shaped
 
+from enat_jax.errors import UserError
+
 _MAX_PICKLE_BYTES = 16 * 2**20  # a thousand tensors take about 200 kB
 _MAX_AXES = 32
 _MAX_EMPTY = 2**48  # product of an empty tensor's other sizes; numpy overflows later
@@ -50,7 +52,7 @@ _TAKES |= {"STACK_GLOBAL": 2, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2}  # value
 _FOREIGN = object()  # stands for whatever a class that is not allowed would have made
 
 
-class WeightFileError(ValueError):
+class WeightFileError(UserError):
     """A weight file that cannot be read, told in one line that names the file."""
 
 

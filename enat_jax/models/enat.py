@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -78,6 +79,20 @@ class Modulation(NamedTuple):
     decoder: Any
 
 
+class Features(NamedTuple):
+    """Features of a row's tokens by group, None where a group is empty.
+
+    Attributes:
+        previous: projected features of previous tokens.
+        new: the encoder's.
+        masked: the decoder's.
+    """
+
+    previous: Float[Array, "b p d"] | None
+    new: Float[Array, "b n d"] | None
+    masked: Float[Array, "b m d"]
+
+
 class Block(nnx.Module):
     """SC-attention and an MLP, both modulated by the class through adaLN with eight vectors."""
 
@@ -103,36 +118,47 @@ class Block(nnx.Module):
         valid: Bool[Array, " k"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Updates own tokens; `context` is already normalised, for it is the same in all blocks."""
-        (shift, scale, context_shift, context_scale, gate, mlp_shift, mlp_scale, mlp_gate) = (
-            jnp.split(modulation.astype(jnp.float32), 8, axis=-1)
+        own_part, context_part = _by_reader(modulation)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(
+            spread_over_tokens(own_part, [own_counts]), 6, axis=-1
         )
-
-        def spread(values: Float[Array, "b g d"]) -> Float[Array, "b n d"]:
-            return spread_over_tokens(values, [own_counts])
-
         if context is not None:
-            context = context * (1 + spread_over_tokens(context_scale, context_blocks))
-            context = context + spread_over_tokens(context_shift, context_blocks)
-        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + spread(scale)) + spread(shift)
+            context_shift, context_scale = jnp.split(
+                spread_over_tokens(context_part, context_blocks), 2, axis=-1
+            )
+            context = context * (1 + context_scale) + context_shift
+        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + scale) + shift
         y = self.attention(
             y, context, own_counts=own_counts, context_blocks=context_blocks, valid=valid
         )
-        x = (x + spread(gate) * y).astype(x.dtype)
-        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + spread(mlp_scale)) + spread(mlp_shift)
-        return (x + spread(mlp_gate) * self.mlp(y)).astype(x.dtype)
+        x = (x + gate * y).astype(x.dtype)
+        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + mlp_scale) + mlp_shift
+        return (x + mlp_gate * self.mlp(y)).astype(x.dtype)
+
+
+def _by_reader(
+    modulation: Float[Array, "b g k"],
+) -> tuple[Float[Array, "b g own"], Float[Array, "b g context"]]:
+    """Splits adaLN's eight vectors into the six of own tokens and the two of context tokens."""
+    vectors = rearrange(modulation.astype(jnp.float32), "b g (r d) -> b g r d", r=8)
+    own = vectors[:, :, np.array([0, 1, 4, 5, 6, 7])]  # shift, scale, gate, and the MLP's
+    context = vectors[:, :, 2:4]  # shift, scale
+    return rearrange(own, "b g r d -> b g (r d)"), rearrange(context, "b g r d -> b g (r d)")
 
 
 def spread_over_tokens(
-    values: Float[Array, "b g d"], blocks: Sequence[Sequence[int]]
-) -> Float[Array, "b n d"]:
-    """Repeats each image's vector over that image's tokens, block after block."""
-    parts = [
-        repeat(values[:, image], "b d -> b n d", n=count)
-        for block in blocks
-        for image, count in enumerate(block)
-        if count
-    ]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    values: Float[Array, "b g k"], blocks: Sequence[Sequence[int]]
+) -> Float[Array, "b n k"]:
+    """Repeats each image's vector over that image's tokens, block after block.
+
+    A product with a one-hot matrix: on CPU a concatenation of broadcasts inside an elementwise
+    loop is several times slower, and this stays dense in the backward pass too.
+    """
+    if len(blocks[0]) == 1:
+        return values
+    image = np.repeat(np.tile(np.arange(len(blocks[0])), len(blocks)), np.concatenate(blocks))
+    one_hot = np.eye(len(blocks[0]), dtype=np.float32)[image]
+    return jnp.einsum("ng,bgk->bnk", one_hot, values, precision=jax.lax.Precision.HIGHEST)
 
 
 class ReuseProjection(nnx.Module):
@@ -191,9 +217,7 @@ class ENAT(nnx.Module):
     ):
         self.cfg = cfg
         self.constrain = constrain
-        self.embedding = TokenEmbedding(
-            cfg.codebook_size + 1, cfg.length, cfg.width, rngs=rngs
-        )
+        self.embedding = TokenEmbedding(cfg.codebook_size + 1, cfg.length, cfg.width, rngs=rngs)
         self.class_embedding = nnx.Param(
             EMBEDDING_STD * jax.random.normal(rngs.params(), (cfg.num_classes + 1, cfg.width))
         )
@@ -203,7 +227,7 @@ class ENAT(nnx.Module):
         self.head = Head(cfg, rngs=rngs)
 
     def modulate(self, class_ids: Int[Array, "b g"]) -> Modulation:
-        """adaLN's vectors of all blocks; they depend on the class alone."""
+        """AdaLN's vectors of all blocks; they depend on the class alone."""
         c = jax.nn.silu(self.class_embedding[...][class_ids])
         return Modulation(
             encoder=map_stack(self.encoder, lambda block: block.modulation(c)),
@@ -307,7 +331,7 @@ class ENAT(nnx.Module):
         features: Float[Array, "b p d"] | None = None,
         counts: Plan | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "b p d"] | None, Float[Array, "b n d"] | None, Float[Array, "b m v"]]:
+    ) -> Features:
         """One network call: encode the new tokens, decode the masked ones.
 
         Args:
@@ -321,8 +345,7 @@ class ENAT(nnx.Module):
             key: turns dropout on.
 
         Returns:
-            The projected features of previous tokens, the features of new tokens (None where
-            there are no such tokens), and the logits of masked tokens.
+            The features of all tokens; `logits` reads the masked ones'.
         """
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         encoder_valid = decoder_valid = None
@@ -356,7 +379,11 @@ class ENAT(nnx.Module):
             valid=decoder_valid,
             key=decoder_key,
         )
-        return previous, encoded, self.head(x, self.embedding.word[...])
+        return Features(previous, encoded, x)
+
+    def logits(self, features: Float[Array, "b n d"]) -> Float[Array, "b n v"]:
+        """Scores over the codebook, float32."""
+        return self.head(features, self.embedding.word[...])
 
     # What the generation loop asks of a network (`generate.Network`).
 
@@ -379,7 +406,7 @@ class ENAT(nnx.Module):
         counts: Plan | None,
     ) -> tuple[Float[Array, "b m v"], Float[Array, "b p d"]]:
         """Logits of the masked tokens, and the features with the new tokens' at their end."""
-        previous, encoded, logits = self(
+        out = self(
             modulation,
             token_ids,
             positions,
@@ -388,12 +415,13 @@ class ENAT(nnx.Module):
             features=features[:, : shape.previous],
             counts=counts,
         )
-        if previous is not None:
-            features = jax.lax.dynamic_update_slice_in_dim(features, previous, 0, axis=1)
-        if encoded is not None:
+        update = jax.lax.dynamic_update_slice_in_dim
+        if out.previous is not None:
+            features = update(features, out.previous, 0, axis=1)
+        if out.new is not None:
             start = shape.previous if counts is None else counts.previous
-            features = jax.lax.dynamic_update_slice_in_dim(features, encoded, start, axis=1)
-        return logits, features
+            features = update(features, out.new, start, axis=1)
+        return self.logits(out.masked), features
 
     def unstacked(self) -> "ENAT":
         """The same network with every block's weights in arrays of their own."""

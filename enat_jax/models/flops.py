@@ -7,7 +7,7 @@ from enat_jax.plans import Bucket, Plan
 
 
 def modulation_flops(cfg: ENATConfig) -> float:
-    """adaLN's vectors of all blocks, for one class of one image."""
+    """AdaLN's vectors of all blocks, for one class of one image."""
     return 2.0 * (cfg.encoder_depth + cfg.decoder_depth) * 8 * cfg.width**2
 
 

@@ -91,9 +91,7 @@ class TokenEmbedding(nnx.Module):
         return self.norm(self.word[...][token_ids] + self.position[...][positions])
 
 
-def dropout(
-    x: Float[Array, "*b d"], rate: float, key: jax.Array | None
-) -> Float[Array, "*b d"]:
+def dropout(x: Float[Array, "*b d"], rate: float, key: jax.Array | None) -> Float[Array, "*b d"]:
     """Zeroes elements with probability `rate` and scales the rest; `key=None` is evaluation."""
     if key is None or rate == 0.0:
         return x

@@ -12,9 +12,7 @@ Remat = Literal["none", "block", "dots"]
 Block = TypeVar("Block", bound=nnx.Module)
 
 
-def make_stack(
-    make_block: Callable[[nnx.Rngs], Block], depth: int, *, rngs: nnx.Rngs
-) -> Block:
+def make_stack(make_block: Callable[[nnx.Rngs], Block], depth: int, *, rngs: nnx.Rngs) -> Block:
     """Builds `depth` blocks with every parameter stacked along a new first axis."""
     return nnx.vmap(make_block)(rngs.split(depth))
 

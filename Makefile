@@ -1,0 +1,36 @@
+# Every target sets up what it needs: a virtual environment and the package in it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/digits
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/enat train --config=configs/digits.py --workdir=$(WORKDIR)
+	$(BIN)/enat sample --workdir=$(WORKDIR) --out=$(WORKDIR)/digits.png
+	$(BIN)/python -m enat_jax.digits.score --workdir=$(WORKDIR)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) data runs

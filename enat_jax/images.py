@@ -1,0 +1,72 @@
+"""Images on disk: labelled grids, single PNGs, and the ADM suite's `.npz`."""
+
+import itertools
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+_SMALLEST_CELL = 64  # smaller images are enlarged in a grid, pixel by pixel
+_GAP = 4
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "b y x 3"], labels: Sequence[str], *, columns: int | None = None
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Arranges images in rows; a label stands above the first image of each run of equal labels.
+
+    Args:
+        images: at least one image.
+        labels: one per image.
+        columns: images per row; by default a row per label where all labels are equally frequent,
+            else a square.
+    """
+    count, height, width, _ = images.shape
+    if columns is None:
+        runs = 1 + sum(a != b for a, b in itertools.pairwise(labels))
+        columns = count // runs if count % runs == 0 else int(np.ceil(np.sqrt(count)))
+        columns = columns if columns > 1 else int(np.ceil(np.sqrt(count)))
+    zoom = max(1, -(-_SMALLEST_CELL // min(height, width)))
+    font = ImageFont.load_default(size=12)
+    cell_y, cell_x, text = height * zoom + _GAP, width * zoom + _GAP, 18
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * cell_x + _GAP, rows * (cell_y + text)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        row, column = divmod(index, columns)
+        x, y = _GAP + column * cell_x, row * (cell_y + text)
+        if column == 0 or labels[index - 1] != label:
+            draw.text((x, y + 2), label, fill="black", font=font)
+        tile = Image.fromarray(image).resize(
+            (width * zoom, height * zoom), Image.Resampling.NEAREST
+        )
+        sheet.paste(tile, (x, y + text))
+    return np.asarray(sheet)
+
+
+def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "y x 3"]) -> None:
+    """Writes one image."""
+    Image.fromarray(image).save(path, format="PNG")
+
+
+def write_pngs(
+    folder: str | os.PathLike[str],
+    images: UInt8[np.ndarray, "b y x 3"],
+    class_ids: Int[np.ndarray, " b"],
+) -> None:
+    """Writes `00000_class_3.png` and so on into a folder."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for index, (image, label) in enumerate(zip(images, class_ids, strict=True)):
+        write_png(pathlib.Path(folder) / f"{index:05d}_class_{label}.png", image)
+
+
+def write_npz(
+    path: str | os.PathLike[str],
+    images: UInt8[np.ndarray, "b y x 3"],
+    class_ids: Int[np.ndarray, " b"],
+) -> None:
+    """Writes `arr_0` (uint8 NHWC) and `arr_1` (labels), as the ADM evaluation suite reads them."""
+    np.savez(path, images, class_ids)
