@@ -19,7 +19,7 @@ from enat_jax.errors import UserError
 from enat_jax.models.enat import ENATConfig
 from enat_jax.optim import OptimConfig
 from enat_jax.sharding import MeshConfig
-from enat_jax.strategy import SCHEDULES, StrategyConfig
+from enat_jax.strategy import SCHEDULES, StrategyConfig, make_strategy
 
 
 class ConfigError(UserError):
@@ -171,14 +171,17 @@ def config_from_dict(fields: Mapping[str, Any], problems: Sequence[str] = ()) ->
 def check(config: Config) -> list[str]:
     """What is wrong with a config, one phrase per problem, each with value, limit and field."""
     model, train, optim = config.model, config.train, config.optim
+    unit = train.images_per_row * train.accumulation
     rules = [
-        (model.width % model.num_heads == 0, "model.width", model.width,
+        (model.width % max(model.num_heads, 1) == 0, "model.width", model.width,
          f"must be a multiple of model.num_heads = {model.num_heads}"),
         (config.tokenizer.grid[0] * config.tokenizer.grid[1] == model.length,
          "model.length", model.length,
          f"must be the product of tokenizer.grid = {config.tokenizer.grid}"),
         (model.codebook_size < 2**16, "model.codebook_size", model.codebook_size,
          f"must be below {2**16}"),
+        (config.tokenizer.name != "pixels" or model.codebook_size <= 256, "model.codebook_size",
+         model.codebook_size, "must be at most 256 greys for tokenizer.name = 'pixels'"),
         (1 <= config.strategy.steps <= model.length, "strategy.steps", config.strategy.steps,
          f"must be between 1 and model.length = {model.length}"),
         (config.strategy.schedule in SCHEDULES, "strategy.schedule", config.strategy.schedule,
@@ -189,10 +192,10 @@ def check(config: Config) -> list[str]:
          config.strategy.choice_temperature, "must be at least 0"),
         (config.strategy.guidance_scale >= 0, "strategy.guidance_scale",
          config.strategy.guidance_scale, "must be at least 0"),
-        (train.batch_size % (train.images_per_row * train.accumulation) == 0,
-         "train.batch_size", train.batch_size,
-         f"must be a multiple of train.images_per_row x train.accumulation ="
-         f" {train.images_per_row * train.accumulation}"),
+        (train.batch_size % max(unit, 1) == 0, "train.batch_size", train.batch_size,
+         f"must be a multiple of train.images_per_row x train.accumulation = {unit}"),
+        (train.seed < 2**32, "train.seed", train.seed, f"must be below {2**32}"),
+        (model.mlp_ratio > 0, "model.mlp_ratio", model.mlp_ratio, "must be above 0"),
         (min(train.mask_beta) > 0, "train.mask_beta", train.mask_beta, "must be above 0"),
         (1 <= train.programs <= 4, "train.programs", train.programs, "must be between 1 and 4"),
         (optim.decay == "constant" or optim.warmup_steps < train.steps, "optim.warmup_steps",
@@ -202,11 +205,15 @@ def check(config: Config) -> list[str]:
         (value >= 1, name, value, "must be at least 1")
         for name, value in {
             **{f"model.{name}": getattr(model, name) for name in
-               ("num_classes", "width", "encoder_depth", "decoder_depth")},
+               ("num_classes", "width", "num_heads", "encoder_depth", "decoder_depth")},
             "model.length - 1": model.length - 1,
             "model.codebook_size - 1": model.codebook_size - 1,
             **{f"train.{name}": getattr(train, name) for name in
-               ("steps", "log_every", "checkpoint_every", "keep")},
+               ("steps", "batch_size", "accumulation", "images_per_row", "log_every",
+                "checkpoint_every", "keep")},
+            "tokenizer.grid[0]": config.tokenizer.grid[0],
+            "tokenizer.grid[1]": config.tokenizer.grid[1],
+            "data.read_threads": config.data.read_threads,
             "sample.batch_size": config.sample.batch_size,
         }.items()
     ]  # fmt: skip
@@ -220,6 +227,7 @@ def check(config: Config) -> list[str]:
             "optim.learning_rate": optim.learning_rate,
             "optim.warmup_steps": optim.warmup_steps,
             "optim.weight_decay": optim.weight_decay,
+            "optim.epsilon": optim.epsilon,
             "optim.max_grad_norm": optim.max_grad_norm,
         }.items()
     ]
@@ -236,7 +244,13 @@ def check(config: Config) -> list[str]:
     ]
     rules.append((0 <= train.reuse_probability <= 1, "train.reuse_probability",
                   train.reuse_probability, "must be in [0, 1]"))  # fmt: skip
-    return [f"{name} = {value} {limit}" for holds, name, value, limit in rules if not holds]
+    problems = [f"{name} = {value} {limit}" for holds, name, value, limit in rules if not holds]
+    if not problems and config.strategy.rule != "file":  # a file is read where it is used
+        try:
+            make_strategy(config.strategy).masked_counts(model.length)
+        except ValueError as error:
+            problems.append(f"strategy: {error}")
+    return problems
 
 
 def _override(fields: dict[str, Any], text: str) -> str | None:
@@ -272,7 +286,10 @@ def _build(kind: Any, fields: Any, path: str, problems: list[str]) -> Any:
         elif dataclasses.is_dataclass(hints[name]):
             values[name] = _build(hints[name], value, where, problems)
         else:
-            values[name] = _typed(hints[name], value, where, problems)
+            before = len(problems)
+            value = _typed(hints[name], value, where, problems)
+            if len(problems) == before:
+                values[name] = value
     return kind(**values)
 
 

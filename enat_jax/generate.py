@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Array, Float, Int
 
@@ -104,7 +105,7 @@ def plan_generation(
     return layout, trace_strategy(strategy, plans)
 
 
-def guided_steps(plans: Sequence[Plan], guidance_scale: Sequence[float]) -> list[bool]:
+def guided_steps(plans: Sequence[Plan], guidance_scale: Sequence[float] | np.ndarray) -> list[bool]:
     """Per step, whether the unconditional branch has to run."""
     guided = []
     later = False

@@ -122,7 +122,7 @@ class Sampler:
         )
 
     def token_batches(
-        self, class_ids: Sequence[int], *, seed: int = 0, **strategy: Any
+        self, class_ids: Sequence[int] | np.ndarray, *, seed: int = 0, **strategy: Any
     ) -> Iterator[Int[np.ndarray, "b n"]]:
         """Generates token ids, batch by batch; image i depends on seed, i and its class alone.
 
@@ -156,7 +156,7 @@ class Sampler:
 
     def sample(
         self,
-        class_ids: Sequence[int],
+        class_ids: Sequence[int] | np.ndarray,
         *,
         seed: int = 0,
         progress: Callable[[int], object] | None = None,
@@ -182,7 +182,7 @@ class Sampler:
                 progress(len(tokens))
         return np.concatenate(images)
 
-    def _checked(self, class_ids: Sequence[int]) -> Int[np.ndarray, " b"]:
+    def _checked(self, class_ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " b"]:
         classes = np.asarray(class_ids)
         limit = self.config.model.num_classes
         if classes.ndim != 1 or not classes.size or not np.issubdtype(classes.dtype, np.integer):

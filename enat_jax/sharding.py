@@ -36,7 +36,8 @@ class MeshConfig:
 RULES = (
     (r"(query|own_key_value|context_key_value|up|modulation)\.kernel$", ("fsdp", "tensor")),
     (r"(out|down)\.kernel$", ("tensor", "fsdp")),
-    (r"(linear\.kernel|word|position|class_embedding)$", ("fsdp", None)),
+    (r"linear\.kernel$", ("fsdp", None)),
+    (r"(word|position|class_embedding)$", (None, "fsdp")),  # an odd number of rows: one is extra
     (r"", ()),
 )
 

@@ -132,10 +132,11 @@ def _train(
                         f"step {done}/{cfg.steps} loss {values['loss']:.4f}"
                         f" {values['images_per_second']:.0f} images/s, {left / 60:.1f} min left"
                     )
-                pending, waited, since = [metrics], 0.0, time.perf_counter()
+                pending, waited, since = [], 0.0, time.perf_counter()
             if cfg.sample_every and (done % cfg.sample_every == 0 or last):
+                paused = time.perf_counter()
                 sampler = _sampled(sampler, config, info, state, mesh, log, workdir, done)
-                since = time.perf_counter()
+                since += time.perf_counter() - paused
             if done % cfg.checkpoint_every == 0 or last:
                 _stop_if_not_finite(metrics, done, checkpoints)
                 trees = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}

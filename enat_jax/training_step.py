@@ -207,4 +207,4 @@ def training_step(
         ema=update_ema(state.ema, params, cfg.ema_decay),
         opt_state=opt_state,
     )
-    return after, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return after, {"loss": loss, "grad_norm": optax.tree.norm(grads)}

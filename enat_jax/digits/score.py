@@ -9,7 +9,7 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
@@ -31,7 +31,7 @@ class Score(NamedTuple):
 
 
 def score(
-    pixels: Int[np.ndarray, "b n"],
+    pixels: Real[np.ndarray, "b n"],
     labels: Int[np.ndarray, " b"],
     real: Float[np.ndarray, "m n"],
     real_labels: Int[np.ndarray, " m"],

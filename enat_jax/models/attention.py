@@ -44,23 +44,27 @@ def attend(
     return out.astype(q.dtype)
 
 
-def image_slices(blocks: Sequence[Sequence[int]]) -> list[list[slice]]:
-    """Where each image's tokens lie in an axis made of blocks, each block image after image.
+def split_images(
+    x: Float[Array, "b n h c"], blocks: Sequence[Sequence[int]]
+) -> list[list[Float[Array, "b k h c"]]]:
+    """Cuts an axis made of blocks, each block image after image, into the parts of each image.
+
+    One split instead of many slices: its backward pass is one concatenation.
 
     Args:
+        x: the tokens.
         blocks: per block, the number of tokens of each image.
 
     Returns:
-        Per image, one slice a block; empty ones are left out.
+        Per image, its part of each block; empty parts are left out.
     """
-    slices: list[list[slice]] = [[] for _ in blocks[0]]
-    start = 0
-    for block in blocks:
-        for image, count in enumerate(block):
-            if count:
-                slices[image].append(slice(start, start + count))
-            start += count
-    return slices
+    counts = [count for block in blocks for count in block]
+    images = len(blocks[0])
+    parts: list[list[Array]] = [[] for _ in range(images)]
+    for index, part in enumerate(jax.lax.split(x, counts, axis=1)):
+        if part.shape[1]:
+            parts[index % images].append(part)
+    return parts
 
 
 class SelfCrossAttention(nnx.Module):
@@ -103,34 +107,31 @@ class SelfCrossAttention(nnx.Module):
             context_blocks: per block of the context, the tokens of each image.
             valid: which of context and own tokens (in this order) exist; rows of one image only.
         """
-        h = self.num_heads
-        q = rearrange(self.query(own), "b n (h c) -> b n h c", h=h)
-        k, v = rearrange(self.own_key_value(own), "b n (r h c) -> r b n h c", r=2, h=h)
-        sources = [(k, v, image_slices([own_counts]))]
+        sources = [(self.own_key_value(own), [own_counts])]
         if context is not None:
-            k, v = rearrange(self.context_key_value(context), "b m (r h c) -> r b m h c", r=2, h=h)
-            sources.insert(0, (k, v, image_slices(context_blocks)))
-
-        rows = []
-        for image, (queries,) in enumerate(_or_empty(image_slices([own_counts]))):
-            if queries.start == queries.stop:
-                continue
-            keys = [k[:, part] for k, _, where in sources for part in where[image]]
-            values = [v[:, part] for _, v, where in sources for part in where[image]]
-            rows.append(
-                attend(
-                    q[:, queries],
-                    _concatenate(keys),
-                    _concatenate(values),
-                    valid=valid,
-                    implementation=self.implementation,
-                )
+            sources.insert(0, (self.context_key_value(context), context_blocks))
+        keys: list[list[Array]] = [[] for _ in own_counts]
+        values: list[list[Array]] = [[] for _ in own_counts]
+        for key_value, blocks in sources:
+            for parts, whole in zip((keys, values), jnp.split(key_value, 2, axis=-1), strict=True):
+                for image, found in enumerate(split_images(self._heads(whole), blocks)):
+                    parts[image] += found
+        queries = split_images(self._heads(self.query(own)), [own_counts])
+        out = [
+            attend(
+                q[0],
+                _concatenate(k),
+                _concatenate(v),
+                valid=valid,
+                implementation=self.implementation,
             )
-        return self.out(rearrange(_concatenate(rows), "b n h c -> b n (h c)"))
+            for q, k, v in zip(queries, keys, values, strict=True)
+            if q
+        ]
+        return self.out(rearrange(_concatenate(out), "b n h c -> b n (h c)"))
 
-
-def _or_empty(slices: list[list[slice]]) -> list[list[slice]]:
-    return [parts or [slice(0, 0)] for parts in slices]
+    def _heads(self, x: Float[Array, "b n d"]) -> Float[Array, "b n h c"]:
+        return rearrange(x, "b n (h c) -> b n h c", h=self.num_heads)
 
 
 def _concatenate(parts: list[Array]) -> Array:

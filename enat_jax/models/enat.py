@@ -158,7 +158,8 @@ def spread_over_tokens(
         return values
     image = np.repeat(np.tile(np.arange(len(blocks[0])), len(blocks)), np.concatenate(blocks))
     one_hot = np.eye(len(blocks[0]), dtype=np.float32)[image]
-    return jnp.einsum("ng,bgk->bnk", one_hot, values, precision=jax.lax.Precision.HIGHEST)
+    one_hot = jnp.broadcast_to(one_hot, (values.shape[0], *one_hot.shape))
+    return jnp.einsum("bng,bgk->bnk", one_hot, values, precision=jax.lax.Precision.HIGHEST)
 
 
 class ReuseProjection(nnx.Module):
