@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
+# glibc on Linux: huge pages for the large temporary arrays of a step; a third faster on CPU here.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test test-slow lint clean
 

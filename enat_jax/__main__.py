@@ -25,9 +25,11 @@ def _define_train(values: flags.FlagValues) -> None:
 
 
 def _train(args: flags.FlagValues, overrides: list[str]) -> int:
+    from enat_jax.compilation_cache import keep_compiled_programs
     from enat_jax.config import load_config
     from enat_jax.train import train
 
+    keep_compiled_programs()
     train(load_config(args.config, overrides), args.workdir)
     return 0
 
@@ -40,7 +42,7 @@ def _define_sample(values: flags.FlagValues) -> None:
                       values)  # fmt: skip
     flags.DEFINE_list("classes", [], "class ids, such as 3,7; all by default", values)
     flags.DEFINE_integer("per_class", 10, "images of each class", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the noise", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer(
         "step", None, "which checkpoint; the newest by default", flag_values=values
     )
@@ -51,9 +53,11 @@ def _sample(args: flags.FlagValues, overrides: list[str]) -> int:
     from tqdm import tqdm
 
     from enat_jax import images
+    from enat_jax.compilation_cache import keep_compiled_programs
     from enat_jax.config import override_config
     from enat_jax.sample import load
 
+    keep_compiled_programs()
     sampler = load(
         args.workdir, step=args.step, overrides=lambda fields: override_config(fields, overrides)
     )

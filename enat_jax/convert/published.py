@@ -98,9 +98,9 @@ def verify_enat(config: Config, params: nnx.State, files: Sequence[str]) -> list
     found = []
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            with open(file, "rb") as content, np.load(content, allow_pickle=False) as arrays:
                 recorded = dict(arrays)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # NumPy lets pass what zip files and pickles raise
             raise ConvertError(f"cannot read the recording {file}: {error}") from error
         found += verify(model, recorded)
     return found

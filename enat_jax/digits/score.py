@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Real
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
+from enat_jax.compilation_cache import keep_compiled_programs
 from enat_jax.errors import UserError
 from enat_jax.metrics.scores import frechet_distance
 from enat_jax.sample import load
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--per_class", type=int, default=100, help="images of each digit")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     args = parser.parse_args(arguments)
+    keep_compiled_programs()
     real, real_labels = load_digits(return_X_y=True)
     labels = np.repeat(np.arange(10), args.per_class)
     try:

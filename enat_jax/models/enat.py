@@ -6,27 +6,22 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from enat_jax.models.attention import Implementation, SelfCrossAttention
+from enat_jax.models.attention import Implementation
+from enat_jax.models.block import BLOCK_EPSILON, Block
+from enat_jax.models.head import Head
 from enat_jax.models.layers import (
     EMBEDDING_STD,
     LayerNorm,
-    Linear,
     Mlp,
     TokenEmbedding,
     dropout,
     layer_norm,
-    zeros,
 )
 from enat_jax.models.stack import Remat, make_stack, map_stack, run_stack, unstack
 from enat_jax.plans import Plan
-
-BLOCK_EPSILON = 1e-6  # norms inside blocks, of the embedding and of the reuse projection
-HEAD_EPSILON = 1e-5  # norms after the last block
 
 
 @dataclass(frozen=True)
@@ -93,75 +88,6 @@ class Features(NamedTuple):
     masked: Float[Array, "b m d"]
 
 
-class Block(nnx.Module):
-    """SC-attention and an MLP, both modulated by the class through adaLN with eight vectors."""
-
-    def __init__(self, cfg: ENATConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(cfg.dtype)
-        self.attention = SelfCrossAttention(
-            cfg.width, cfg.num_heads, dtype=dtype, implementation=cfg.attention, rngs=rngs
-        )
-        self.mlp = Mlp(cfg.width, cfg.mlp_ratio, dtype=dtype, rngs=rngs)
-        # zero: every block starts as the identity
-        self.modulation = Linear(
-            cfg.width, 8 * cfg.width, dtype=dtype, kernel_init=zeros, rngs=rngs
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        context: Float[Array, "b m d"] | None,
-        modulation: Float[Array, "b g k"],
-        *,
-        own_counts: Sequence[int],
-        context_blocks: Sequence[Sequence[int]] = (),
-        valid: Bool[Array, " k"] | None = None,
-    ) -> Float[Array, "b n d"]:
-        """Updates own tokens; `context` is already normalised, for it is the same in all blocks."""
-        own_part, context_part = _by_reader(modulation)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(
-            spread_over_tokens(own_part, [own_counts]), 6, axis=-1
-        )
-        if context is not None:
-            context_shift, context_scale = jnp.split(
-                spread_over_tokens(context_part, context_blocks), 2, axis=-1
-            )
-            context = context * (1 + context_scale) + context_shift
-        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + scale) + shift
-        y = self.attention(
-            y, context, own_counts=own_counts, context_blocks=context_blocks, valid=valid
-        )
-        x = (x + gate * y).astype(x.dtype)
-        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + mlp_scale) + mlp_shift
-        return (x + mlp_gate * self.mlp(y)).astype(x.dtype)
-
-
-def _by_reader(
-    modulation: Float[Array, "b g k"],
-) -> tuple[Float[Array, "b g own"], Float[Array, "b g context"]]:
-    """Splits adaLN's eight vectors into the six of own tokens and the two of context tokens."""
-    vectors = rearrange(modulation.astype(jnp.float32), "b g (r d) -> b g r d", r=8)
-    own = vectors[:, :, np.array([0, 1, 4, 5, 6, 7])]  # shift, scale, gate, and the MLP's
-    context = vectors[:, :, 2:4]  # shift, scale
-    return rearrange(own, "b g r d -> b g (r d)"), rearrange(context, "b g r d -> b g (r d)")
-
-
-def spread_over_tokens(
-    values: Float[Array, "b g k"], blocks: Sequence[Sequence[int]]
-) -> Float[Array, "b n k"]:
-    """Repeats each image's vector over that image's tokens, block after block.
-
-    A product with a one-hot matrix: on CPU a concatenation of broadcasts inside an elementwise
-    loop is several times slower, and this stays dense in the backward pass too.
-    """
-    if len(blocks[0]) == 1:
-        return values
-    image = np.repeat(np.tile(np.arange(len(blocks[0])), len(blocks)), np.concatenate(blocks))
-    one_hot = np.eye(len(blocks[0]), dtype=np.float32)[image]
-    one_hot = jnp.broadcast_to(one_hot, (values.shape[0], *one_hot.shape))
-    return jnp.einsum("bng,bgk->bnk", one_hot, values, precision=jax.lax.Precision.HIGHEST)
-
-
 class ReuseProjection(nnx.Module):
     """`f(z) = z + MLP(LN(z))`, which carries features from one step to the next (section 4.2)."""
 
@@ -172,29 +98,6 @@ class ReuseProjection(nnx.Module):
     def __call__(self, features: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
         """Projects features of previous tokens."""
         return (features + self.mlp(self.norm(features))).astype(features.dtype)
-
-
-class Head(nnx.Module):
-    """BERT's masked-token head; its output matrix is the embedding's, without its gradient."""
-
-    def __init__(self, cfg: ENATConfig, *, rngs: nnx.Rngs):
-        self.dtype = jnp.dtype(cfg.dtype)
-        self.norm_in = LayerNorm(cfg.width, epsilon=HEAD_EPSILON)
-        self.linear = Linear(cfg.width, cfg.width, dtype=self.dtype, rngs=rngs)
-        self.norm_out = LayerNorm(cfg.width, epsilon=HEAD_EPSILON)
-        self.bias = nnx.Param(jnp.zeros(cfg.codebook_size + 1))  # the mask's is never used
-
-    def __call__(
-        self, x: Float[Array, "b m d"], word: Float[Array, "w d"]
-    ) -> Float[Array, "b m v"]:
-        """Logits over the codebook, float32, the mask token's column left out."""
-        x = jax.nn.gelu(self.linear(self.norm_in(x)).astype(jnp.float32), approximate=False)
-        logits = jnp.matmul(
-            self.norm_out(x).astype(self.dtype),
-            jax.lax.stop_gradient(word[:-1]).astype(self.dtype).T,
-            preferred_element_type=jnp.float32,
-        )
-        return logits + self.bias[...][:-1]
 
 
 class ENAT(nnx.Module):
@@ -223,9 +126,20 @@ class ENAT(nnx.Module):
             EMBEDDING_STD * jax.random.normal(rngs.params(), (cfg.num_classes + 1, cfg.width))
         )
         self.reuse_projection = ReuseProjection(cfg, rngs=rngs)
-        self.encoder: Any = make_stack(lambda r: Block(cfg, rngs=r), cfg.encoder_depth, rngs=rngs)
-        self.decoder: Any = make_stack(lambda r: Block(cfg, rngs=r), cfg.decoder_depth, rngs=rngs)
-        self.head = Head(cfg, rngs=rngs)
+
+        def block(rngs: nnx.Rngs) -> Block:
+            return Block(
+                cfg.width,
+                cfg.num_heads,
+                cfg.mlp_ratio,
+                dtype=jnp.dtype(cfg.dtype),
+                attention=cfg.attention,
+                rngs=rngs,
+            )
+
+        self.encoder: Any = make_stack(block, cfg.encoder_depth, rngs=rngs)
+        self.decoder: Any = make_stack(block, cfg.decoder_depth, rngs=rngs)
+        self.head = Head(cfg.width, cfg.codebook_size, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
 
     def modulate(self, class_ids: Int[Array, "b g"]) -> Modulation:
         """AdaLN's vectors of all blocks; they depend on the class alone."""

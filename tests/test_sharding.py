@@ -1,0 +1,218 @@
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from enat_jax.errors import UserError
+from enat_jax.models.enat import ENATConfig
+from enat_jax.optim import OptimConfig, make_optimizer
+from enat_jax.sample import abstract_params
+from enat_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    batch_shards,
+    constrain_activations,
+    make_mesh,
+    place,
+    replicated,
+)
+
+
+def fake_devices(count):
+    """Stand-ins for devices: deciding where arrays lie only counts them."""
+    return jax.devices()[:1] * count
+
+
+def mesh_of(*, data=1, fsdp=1, tensor=1):
+    """A mesh of devices that need not be there."""
+    return make_mesh(MeshConfig(data, fsdp, tensor), fake_devices(data * fsdp * tensor))
+
+
+def specs(tree, mesh):
+    """Where the leaves of a tree lie, by dotted name."""
+    leaves = jax.tree_util.tree_leaves_with_path(place(tree, mesh))
+    shapes = jax.tree.leaves(tree)
+    named = {}
+    for (path, sharding), leaf in zip(leaves, shapes, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        named[name] = (tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec)), leaf)
+    return named
+
+
+@pytest.fixture(scope="module")
+def params():
+    """ENAT-B's parameters by shape, with the published, odd, numbers of rows."""
+    return abstract_params(ENATConfig())[1]
+
+
+class TestMesh:
+    @pytest.mark.parametrize(
+        ("cfg", "sizes"),
+        [
+            (MeshConfig(), (8, 1, 1)),
+            (MeshConfig(fsdp=2), (4, 2, 1)),
+            (MeshConfig(fsdp=2, tensor=2), (2, 2, 2)),
+            (MeshConfig(data=1, fsdp=-1), (1, 8, 1)),
+            (MeshConfig(data=2, fsdp=2, tensor=-1), (2, 2, 2)),
+            (MeshConfig(data=1, fsdp=2, tensor=4), (1, 2, 4)),
+        ],
+    )
+    def test_what_is_left_open_is_filled_with_the_devices_left(self, cfg, sizes):
+        assert tuple(make_mesh(cfg, fake_devices(8)).shape.values()) == sizes
+
+    def test_one_device_is_a_mesh_too(self):
+        assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {
+            "data": 1,
+            "fsdp": 1,
+            "tensor": 1,
+        }
+
+    @pytest.mark.parametrize(
+        ("cfg", "message"),
+        [
+            (MeshConfig(data=3), "data=3, fsdp=1, tensor=1 needs 3 devices, there are 8"),
+            (MeshConfig(fsdp=3), "data=-1, fsdp=3, tensor=1 needs 6 devices, there are 8"),
+            (MeshConfig(fsdp=16), "needs 16 devices, there are 8"),
+            (MeshConfig(fsdp=-1), r"\(-1, -1, 1\): sizes must be at least 1, and at most one -1"),
+            (MeshConfig(tensor=0), r"\(-1, 1, 0\): sizes must be at least 1"),
+            (MeshConfig(tensor=-2), r"\(-1, 1, -2\): sizes must be at least 1"),
+        ],
+    )
+    def test_sizes_that_do_not_fit_the_devices_are_refused(self, cfg, message):
+        with pytest.raises(UserError, match=message):
+            make_mesh(cfg, fake_devices(8))
+
+    def test_a_batch_is_split_over_data_and_fsdp_alone(self):
+        mesh = mesh_of(data=2, fsdp=3, tensor=4)
+        assert batch_shards(mesh) == 6
+        assert batch_sharding(mesh).spec == P(("data", "fsdp"))
+        assert replicated(mesh).spec == P()
+
+
+class TestParameters:
+    @pytest.mark.parametrize(
+        ("name", "spec"),
+        [
+            ("encoder.attention.query.kernel", (None, "fsdp", "tensor")),
+            ("encoder.attention.own_key_value.kernel", (None, "fsdp", "tensor")),
+            ("decoder.attention.context_key_value.kernel", (None, "fsdp", "tensor")),
+            ("encoder.attention.out.kernel", (None, "tensor", "fsdp")),
+            ("encoder.mlp.up.kernel", (None, "fsdp", "tensor")),
+            ("encoder.mlp.down.kernel", (None, "tensor", "fsdp")),
+            ("encoder.modulation.kernel", (None, "fsdp", "tensor")),
+            ("reuse_projection.mlp.up.kernel", ("fsdp", "tensor")),
+            ("head.linear.kernel", ("fsdp", None)),
+            ("embedding.word", (None, "fsdp")),
+            ("embedding.position", (None, "fsdp")),
+            ("class_embedding", (None, "fsdp")),
+            ("encoder.mlp.up.bias", (None, None)),
+            ("embedding.norm.scale", (None,)),
+            ("head.bias", (None,)),
+        ],
+    )
+    def test_a_parameter_lies_where_its_rule_says(self, params, name, spec):
+        assert specs(params, mesh_of(data=2, fsdp=2, tensor=2))[name][0] == spec
+
+    @pytest.mark.parametrize("fsdp", [2, 4, 8])
+    def test_every_large_parameter_is_shared_out(self, params, fsdp):
+        # large: above 64 KiB in one block; a stack is sliced into its blocks
+        for name, (spec, leaf) in specs(params, mesh_of(fsdp=fsdp)).items():
+            stacked = name.startswith(("encoder.", "decoder."))
+            size = 4 * leaf.size // (leaf.shape[0] if stacked else 1)
+            assert ("fsdp" in spec) == (size > 64 * 1024), f"{name} {leaf.shape}: {spec}"
+
+    def test_what_a_device_holds_shrinks_with_their_number(self, params):
+        def held(mesh):
+            shards = jax.tree.map(
+                lambda leaf, where: leaf.size // jnp.prod(
+                    jnp.array([mesh.shape[axis] for axis in where.spec if axis] or [1])),
+                params, place(params, mesh),
+            )  # fmt: skip
+            return sum(map(int, jax.tree.leaves(shards)))
+
+        whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert held(mesh_of(fsdp=8)) < 1.02 * whole / 8
+
+    def test_a_stack_is_never_cut_between_blocks(self, params):
+        for name, (spec, _) in specs(params, mesh_of(fsdp=5, tensor=3)).items():
+            if name.startswith(("encoder.", "decoder.")):
+                assert spec[0] is None
+
+    def test_an_axis_that_does_not_divide_stays_whole(self, params):
+        spec, leaf = specs(params, mesh_of(fsdp=5))["encoder.mlp.up.kernel"]
+        assert leaf.shape == (15, 768, 3072)
+        assert spec == (None, None, "tensor")
+
+    def test_moments_and_average_lie_as_their_parameters(self, params):
+        mesh = mesh_of(data=2, fsdp=2, tensor=2)
+        optimizer = make_optimizer(OptimConfig(max_grad_norm=1.0), 1e-3)
+        trees = {"params": params, "ema": params, "opt": jax.eval_shape(optimizer.init, params)}
+        found = specs(trees, mesh)
+        placed = {name.partition(".")[2]: spec for name, (spec, _) in found.items()
+                  if name.startswith("params.")}  # fmt: skip
+        moments = 0
+        for name, (spec, leaf) in found.items():
+            if leaf.ndim:
+                own = max((each for each in placed if name.endswith(f".{each}")), key=len)
+                assert spec == placed[own], name
+                moments += name.startswith("opt.")
+            else:
+                assert spec == ()
+        assert moments == 2 * len(placed)
+
+
+def test_a_model_built_without_a_mesh_is_left_alone():
+    constrain = constrain_activations(make_mesh(MeshConfig(), jax.devices()[:1]))
+    x = jnp.arange(6.0).reshape(2, 3)
+    assert (constrain(x) == x).all()
+
+
+EIGHT_DEVICES = """
+import dataclasses, jax, numpy as np
+from enat_jax.config import load_config
+from enat_jax.sharding import batch_sharding, make_mesh, MeshConfig
+from enat_jax.train import Run
+assert jax.device_count() == 8
+config = load_config("configs/digits.py", [
+    "model.width=16", "model.num_heads=2", "model.encoder_depth=1", "train.programs=1",
+    "train.batch_size=8", "train.images_per_row=1", "optim.warmup_steps=0", "train.steps=9"])
+rng = np.random.default_rng(0)
+batch = {"token_ids": rng.integers(17, size=(8, 64), dtype=np.int32),
+         "class_ids": rng.integers(10, size=8, dtype=np.int32)}
+losses = []
+for cfg in (MeshConfig(data=1, fsdp=1, tensor=1), MeshConfig(data=2, fsdp=2, tensor=2)):
+    devices = jax.devices()[: cfg.data * cfg.fsdp * cfg.tensor]
+    run = Run(config, make_mesh(cfg, devices))
+    state = run.initial_state()
+    kernel = state.params["encoder"]["mlp"]["up"]["kernel"][...]
+    shard = kernel.addressable_shards[0].data.shape
+    assert shard == (4 // 4, 16 // cfg.fsdp, 64 // cfg.tensor), shard
+    moment = jax.tree.leaves(state.opt_state)
+    for step in range(4):
+        state, metrics = run.step(step, state, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert state.params["encoder"]["mlp"]["up"]["kernel"][...].sharding == kernel.sharding
+one, eight = losses[:4], losses[4:]
+assert one[0] != one[3]
+np.testing.assert_allclose(one, eight, rtol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_take_the_same_steps_as_one():
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES],
+        capture_output=True,
+        text=True,
+        env={
+            "PYTHONPATH": ".",
+            "PATH": "",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+    )
+    assert done.returncode == 0, done.stderr
