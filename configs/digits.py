@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
                 "ema_decay": 0.998,
             },
             "train": {
-                "steps": 4000,
+                "steps": 3500,
                 "batch_size": 64,
                 "images_per_row": 4,
                 "programs": 2,

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from etils import epath
@@ -43,7 +43,7 @@ class Checkpoints:
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
                 cleanup_tmp_directories=True,
             )
         except Exception as error:

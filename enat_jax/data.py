@@ -115,12 +115,18 @@ def training_batches(
     builder = _prepared_builder(cfg)
     info = _checked_info(builder, cfg)
     with _quiet():
-        source = builder.as_data_source(cfg.split)
+        source = builder.as_data_source(split=cfg.split)
     if cfg.cache:
         tokens, labels = _decode_all(source, info, cfg)
-        read, threads = lambda indices: (tokens[indices], labels[indices]), 1
+        threads = 1
+
+        def read(indices: list[int]) -> Columns:
+            return tokens[indices], labels[indices]
     else:
-        read, threads = lambda indices: _decode(source, indices, info, cfg), cfg.read_threads
+        threads = cfg.read_threads
+
+        def read(indices: list[int]) -> Columns:
+            return _decode(source, indices, info, cfg)
 
     def batch(indices: Sequence[int]) -> dict[str, np.ndarray]:
         token_ids, class_ids = read(list(indices))
@@ -171,7 +177,7 @@ def _prepare(builder_class: type[tfds.core.GeneratorBasedBuilder], folder: tfds.
 def _checked_info(builder: tfds.core.DatasetBuilder, cfg: DataConfig) -> RecordInfo:
     """The metadata of `builder` as `RecordInfo`; all that is wrong with them in one error."""
     metadata = builder.info.metadata or {}
-    features = builder.info.features or {}
+    features: Any = builder.info.features or {}
     missing = [
         f"metadata lack {key}"
         for key in ("tokenizer", "codebook_size", "grid", "num_classes")

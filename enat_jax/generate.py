@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -259,7 +259,7 @@ def _step(
 ) -> tuple[State, StepRecord | None]:
     """Predicts the masked tokens, samples them, and reveals the most confident ones."""
     shape = bucket.shape
-    counts = None if bucket.exact else Plan(step.previous, step.new, step.masked)
+    counts: Any = None if bucket.exact else Plan(*cast(Any, (step.previous, step.new, step.masked)))
     start = shape if counts is None else counts  # where the new and the masked tokens begin
     visible = start.previous + start.new
 
@@ -270,12 +270,16 @@ def _step(
     positions = take(state.order, visible, shape.masked)
 
     running = 2 if bucket.guided else 1
-    inputs = [jnp.repeat(x, running, axis=0) for x in (*new, positions)]
+    token_ids, new_positions, masked_positions = (
+        jnp.repeat(x, running, axis=0) for x in (*new, positions)
+    )
     branch = _select_branches(branches, running)
     logits, features = network.predict(
         jax.tree.map(branch, condition),
         jax.tree.map(branch, state.features),
-        *inputs,
+        token_ids,
+        new_positions,
+        masked_positions,
         shape,
         counts,
     )

@@ -1,6 +1,7 @@
 """Images on disk: labelled grids, single PNGs, and the ADM suite's `.npz`."""
 
 import itertools
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -25,18 +26,15 @@ def image_grid(
             else a square.
     """
     count, height, width, _ = images.shape
-    if columns is None:
-        runs = 1 + sum(a != b for a, b in itertools.pairwise(labels))
-        columns = count // runs if count % runs == 0 else int(np.ceil(np.sqrt(count)))
-        columns = columns if columns > 1 else int(np.ceil(np.sqrt(count)))
+    per_row = columns or _columns(labels)
     zoom = max(1, -(-_SMALLEST_CELL // min(height, width)))
     font = ImageFont.load_default(size=12)
     cell_y, cell_x, text = height * zoom + _GAP, width * zoom + _GAP, 18
-    rows = -(-count // columns)
-    sheet = Image.new("RGB", (columns * cell_x + _GAP, rows * (cell_y + text)), "white")
+    rows = -(-count // per_row)
+    sheet = Image.new("RGB", (per_row * cell_x + _GAP, rows * (cell_y + text)), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        row, column = divmod(index, columns)
+        row, column = index // per_row, index % per_row
         x, y = _GAP + column * cell_x, row * (cell_y + text)
         if column == 0 or labels[index - 1] != label:
             draw.text((x, y + 2), label, fill="black", font=font)
@@ -45,6 +43,12 @@ def image_grid(
         )
         sheet.paste(tile, (x, y + text))
     return np.asarray(sheet)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    runs = 1 + sum(a != b for a, b in itertools.pairwise(labels))
+    per_run = len(labels) // runs if len(labels) % runs == 0 else 1
+    return per_run if per_run > 1 else math.ceil(len(labels) ** 0.5)
 
 
 def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "y x 3"]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +200,7 @@ def training_step(
         loss, grads = jax.tree.map(lambda x: x / cfg.accumulation, total)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
     after = TrainState(
         step=state.step + 1,
         params=params,

@@ -50,7 +50,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         from sklearn.datasets import load_digits  # seconds to import, needed once per machine
 
-        digits = load_digits()
+        digits: Any = load_digits()
         # The pictures hold greys from 0 to 16, which are the token ids as they stand.
         tokens = rearrange(digits.images.astype(np.uint16), "b y x -> b (y x)")
         for index, (row, label) in enumerate(zip(tokens, digits.target, strict=True)):

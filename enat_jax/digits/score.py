@@ -6,7 +6,7 @@ Run as `python -m enat_jax.digits.score --workdir=runs/digits`.
 import argparse
 import json
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float, Int, Real
@@ -38,7 +38,7 @@ def score(
     real_labels: Int[np.ndarray, " m"],
 ) -> Score:
     """Scores digits given as 64 grey levels each; the SVC learns from all real digits."""
-    reader = SVC(gamma=0.001).fit(real, real_labels)
+    reader = SVC(gamma=cast(Any, 0.001)).fit(real, real_labels)
     accuracy = float(np.mean(reader.predict(pixels) == labels))
     return Score(accuracy, frechet_distance(pixels, real))
 

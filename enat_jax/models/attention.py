@@ -107,7 +107,9 @@ class SelfCrossAttention(nnx.Module):
             context_blocks: per block of the context, the tokens of each image.
             valid: which of context and own tokens (in this order) exist; rows of one image only.
         """
-        sources = [(self.own_key_value(own), [own_counts])]
+        sources: list[tuple[Array, Sequence[Sequence[int]]]] = [
+            (self.own_key_value(own), [own_counts])
+        ]
         if context is not None:
             sources.insert(0, (self.context_key_value(context), context_blocks))
         keys: list[list[Array]] = [[] for _ in own_counts]

@@ -312,8 +312,8 @@ class ENAT(nnx.Module):
 
     def predict(
         self,
-        modulation: Modulation,
-        features: Float[Array, "b p d"],
+        condition: Modulation,
+        state: Float[Array, "b p d"],
         token_ids: Int[Array, "b n"],
         positions: Int[Array, "b n"],
         masked_positions: Int[Array, "b m"],
@@ -322,21 +322,21 @@ class ENAT(nnx.Module):
     ) -> tuple[Float[Array, "b m v"], Float[Array, "b p d"]]:
         """Logits of the masked tokens, and the features with the new tokens' at their end."""
         out = self(
-            modulation,
+            condition,
             token_ids,
             positions,
             masked_positions,
             [shape],
-            features=features[:, : shape.previous],
+            features=state[:, : shape.previous],
             counts=counts,
         )
         update = jax.lax.dynamic_update_slice_in_dim
         if out.previous is not None:
-            features = update(features, out.previous, 0, axis=1)
+            state = update(state, out.previous, 0, axis=1)
         if out.new is not None:
             start = shape.previous if counts is None else counts.previous
-            features = update(features, out.new, start, axis=1)
-        return self.logits(out.masked), features
+            state = update(state, out.new, start, axis=1)
+        return self.logits(out.masked), state
 
     def unstacked(self) -> "ENAT":
         """The same network with every block's weights in arrays of their own."""

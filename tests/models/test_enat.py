@@ -325,6 +325,17 @@ def test_bfloat16_stays_within_its_rounding(enat, packed):
     assert 1e-4 < error < 0.03
 
 
+def test_every_product_in_bfloat16_takes_16_bits_and_sums_in_32(enat):
+    row = make_row(enat, PLANS[:1])
+    graphdef, params = nnx.split(changed(enat, dtype="bfloat16"))
+    text = forward.lower(graphdef, params, PLANS[:1], row).as_text()
+    types = re.findall(
+        r"dot_general.*: \(tensor<.*x(\w+)>, tensor<.*x(\w+)>\) -> tensor<.*x(\w+)>", text
+    )
+    assert len(types) > 10
+    assert set(types) == {("bf16", "bf16", "f32")}
+
+
 # Sizes.
 
 
