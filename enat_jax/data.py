@@ -115,7 +115,8 @@ def training_batches(
     builder = _prepared_builder(cfg)
     info = _checked_info(builder, cfg)
     with _quiet():
-        source = builder.as_data_source(split=cfg.split)
+        as_data_source: Any = builder.as_data_source  # wrapped beyond what pyright can follow
+        source = as_data_source(split=cfg.split)
     if cfg.cache:
         tokens, labels = _decode_all(source, info, cfg)
         threads = 1
