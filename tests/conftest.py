@@ -48,7 +48,7 @@ def quick_compilation():
 # configs/digits.py made as small as it can be; a constant rate, so that a longer run has the same
 # programs
 TINY = {
-    "model": {"width": 16, "num_heads": 2, "encoder_depth": 1},
+    "model": {"width": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1},
     "train": {"steps": 4, "batch_size": 8, "images_per_row": 2, "log_every": 2,
               "sample_every": 4, "checkpoint_every": 2},
     "optim": {"warmup_steps": 1, "learning_rate": 1e-2, "decay": "constant"},

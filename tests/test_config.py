@@ -213,7 +213,7 @@ class TestOverrides:
     def test_overrides_reach_a_config_file(self):
         config = load_config(DIGITS, ["train.steps=500", "model.width=32"])
         assert (config.train.steps, config.model.width) == (500, 32)
-        assert config.model.encoder_depth == 4
+        assert config.model.encoder_depth == 3
 
 
 class TestFile:
