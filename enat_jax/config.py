@@ -1,29 +1,16 @@
 """The config of an experiment: typed, checked whole before anything is allocated."""
 
-import ast
-import copy
-import dataclasses
-import difflib
-import importlib.util
-import os
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import ml_collections
-
+from enat_jax.config_file import make_config, read_fields
 from enat_jax.data import DataConfig
-from enat_jax.errors import UserError
+from enat_jax.image_source import ImageConfig
 from enat_jax.models.enat import ENATConfig
 from enat_jax.optim import OptimConfig
 from enat_jax.sharding import MeshConfig
 from enat_jax.strategy import SCHEDULES, StrategyConfig, make_strategy
-
-
-class ConfigError(UserError):
-    """A config that cannot be run; the message names every field that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +18,16 @@ class TokenizerConfig:
     """What turns token ids into images.
 
     Attributes:
-        name: `pixels` (grey levels are tokens), or `none`: token ids only.
+        name: `vqgan`, `pixels` (grey levels are tokens), or `none`: token ids only.
         grid: rows and columns of tokens.
+        weights: workdir of the VQGAN, made by `train_tokenizer` or `convert --kind=vqgan`.
+        dtype: of the VQGAN's activations; the reference encodes in float32.
     """
 
-    name: Literal["pixels", "none"] = "none"
+    name: Literal["vqgan", "pixels", "none"] = "none"
     grid: tuple[int, int] = (16, 16)
+    weights: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -83,18 +74,52 @@ class SampleConfig:
 
     Attributes:
         batch_size: images per call, over all devices.
+        decode_batch_size: images that a device decodes at a time: a VQGAN takes more memory per
+            image than the network.
         buckets: compiled step bodies; 0 chooses, see `plans.group_into_buckets`.
         max_padding: most extra FLOPs of the automatic choice, as a fraction.
     """
 
     batch_size: int = 64
+    decode_batch_size: int = 8
     buckets: int = 0
     max_padding: float = 0.15
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """How a generator is scored.
+
+    Attributes:
+        inception: path of `pt_inception-2015-12-05-6726825d.pth`.
+        inception_digest: how the file's SHA-256 begins; another only for weights of one's own.
+        reference: path of the real images' statistics (`.npz` with `mu` and `sigma`), such as
+            ADM's, U-ViT's, or made by the verb `statistics`.
+        num_images: images to make; FID-50k has 50,000.
+        protocol: `floats` takes images as they come from the decoder, as the reference does;
+            `uint8` rounds them to 256 levels, as everybody does who saves them first; or `both`.
+        precision_recall: also where the reference holds features of single images.
+        batch_size: images that a device looks at at a time.
+        save_every: images between two saves of what was gathered.
+    """
+
+    inception: str = ""
+    inception_digest: str = "6726825d"
+    reference: str = ""
+    num_images: int = 50_000
+    protocol: Literal["floats", "uint8", "both"] = "both"
+    precision_recall: bool = True
+    batch_size: int = 16
+    save_every: int = 5000
+
+
+@dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """One experiment.
+
+    `model.num_classes = 0` and `model.codebook_size = 0` are read from the token records when
+    training starts.
+    """
 
     model: ENATConfig = field(default_factory=ENATConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -103,69 +128,36 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file, applies overrides, and checks the whole.
-
-    Args:
-        path: a Python file with `get_config() -> ml_collections.ConfigDict`; after a colon, an
-            argument for it.
-        overrides: `section.field=value` each.
+    """Reads a config file, applies overrides (`section.field=value` each), and checks the whole.
 
     Raises:
         ConfigError: an unreadable file, unknown fields, wrong types or values; all at once.
     """
-    file, _, argument = path.partition(":")
-    if not os.path.isfile(file):
-        raise ConfigError(f"no config file {file!r}")
-    try:
-        spec = importlib.util.spec_from_file_location("enat_jax_config", file)
-        if spec is None or spec.loader is None:
-            raise ImportError("it must be a Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        loaded = module.get_config(*([argument] if argument else []))
-    except Exception as error:
-        raise ConfigError(f"config file {file}: {type(error).__name__}: {error}") from error
-    if not isinstance(loaded, ml_collections.ConfigDict):
-        raise ConfigError(f"config file {file}: get_config() gave no ConfigDict")
-    return override_config(loaded.to_dict(), overrides)
+    return override_config(read_fields(path), overrides)
 
 
 def override_config(fields: Mapping[str, Any], overrides: Sequence[str]) -> Config:
-    """Builds and checks a config from nested mappings after applying overrides.
-
-    Args:
-        fields: section -> field -> value.
-        overrides: `section.field=value` each.
+    """A checked config from nested mappings after `section.field=value` overrides.
 
     Raises:
         ConfigError: unknown fields, wrong types or values; all at once.
     """
-    changed = copy.deepcopy(dict(fields))
-    problems = [problem for text in overrides if (problem := _override(changed, text))]
-    return config_from_dict(changed, problems)
+    return make_config(Config, fields, check, overrides)
 
 
-def config_from_dict(fields: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
-    """Builds and checks a config from nested mappings; what is absent keeps its default.
-
-    Args:
-        fields: section -> field -> value, as `dataclasses.asdict` or JSON gives them.
-        problems: found before, to be reported together with what is found here.
+def config_from_dict(fields: Mapping[str, Any]) -> Config:
+    """A checked config from nested mappings, as `dataclasses.asdict` or JSON gives them.
 
     Raises:
         ConfigError: unknown fields, wrong types or values; all at once.
     """
-    found = list(problems)
-    config = _build(Config, fields, "", found)
-    if not found:
-        found += check(config)
-    if found:
-        raise ConfigError("config: " + "; ".join(found))
-    return config
+    return make_config(Config, fields, check)
 
 
 def check(config: Config) -> list[str]:
@@ -178,10 +170,14 @@ def check(config: Config) -> list[str]:
         (config.tokenizer.grid[0] * config.tokenizer.grid[1] == model.length,
          "model.length", model.length,
          f"must be the product of tokenizer.grid = {config.tokenizer.grid}"),
-        (model.codebook_size < 2**16, "model.codebook_size", model.codebook_size,
-         f"must be below {2**16}"),
-        (config.tokenizer.name != "pixels" or model.codebook_size <= 256, "model.codebook_size",
-         model.codebook_size, "must be at most 256 greys for tokenizer.name = 'pixels'"),
+        (model.codebook_size != 1 and model.codebook_size < 2**16, "model.codebook_size",
+         model.codebook_size, f"must be 0 (read from the records) or from 2 to {2**16 - 1}"),
+        (config.tokenizer.name != "pixels" or 2 <= model.codebook_size <= 256,
+         "model.codebook_size", model.codebook_size,
+         "must be 2 to 256 greys for tokenizer.name = 'pixels'"),
+        (config.tokenizer.name != "vqgan" or config.tokenizer.weights != "", "tokenizer.weights",
+         repr(config.tokenizer.weights), "must name the workdir of a VQGAN (made by"
+         " `train_tokenizer` or `convert --kind=vqgan`) for tokenizer.name = 'vqgan'"),
         (1 <= config.strategy.steps <= model.length, "strategy.steps", config.strategy.steps,
          f"must be between 1 and model.length = {model.length}"),
         (config.strategy.schedule in SCHEDULES, "strategy.schedule", config.strategy.schedule,
@@ -205,9 +201,8 @@ def check(config: Config) -> list[str]:
         (value >= 1, name, value, "must be at least 1")
         for name, value in {
             **{f"model.{name}": getattr(model, name) for name in
-               ("num_classes", "width", "num_heads", "encoder_depth", "decoder_depth")},
+               ("width", "num_heads", "encoder_depth", "decoder_depth")},
             "model.length - 1": model.length - 1,
-            "model.codebook_size - 1": model.codebook_size - 1,
             **{f"train.{name}": getattr(train, name) for name in
                ("steps", "batch_size", "accumulation", "images_per_row", "log_every",
                 "checkpoint_every", "keep")},
@@ -215,11 +210,19 @@ def check(config: Config) -> list[str]:
             "tokenizer.grid[1]": config.tokenizer.grid[1],
             "data.read_threads": config.data.read_threads,
             "sample.batch_size": config.sample.batch_size,
+            "sample.decode_batch_size": config.sample.decode_batch_size,
+            "images.shard_size": config.images.shard_size,
+            "images.read_threads": config.images.read_threads,
+            "evaluate.num_images - 1": config.evaluate.num_images - 1,
+            "evaluate.batch_size": config.evaluate.batch_size,
+            "evaluate.save_every": config.evaluate.save_every,
         }.items()
     ]  # fmt: skip
     rules += [
         (value >= 0, name, value, "must be at least 0")
         for name, value in {
+            "model.num_classes": model.num_classes,
+            "model.codebook_size": model.codebook_size,
             "train.seed": train.seed,
             "train.sample_every": train.sample_every,
             "sample.buckets": config.sample.buckets,
@@ -237,6 +240,7 @@ def check(config: Config) -> list[str]:
             "model.dropout": model.dropout,
             "train.class_dropout": train.class_dropout,
             "train.label_smoothing": train.label_smoothing,
+            "images.max_unreadable": config.images.max_unreadable,
             "optim.ema_decay": optim.ema_decay,
             "optim.betas[0]": optim.betas[0],
             "optim.betas[1]": optim.betas[1],
@@ -251,62 +255,3 @@ def check(config: Config) -> list[str]:
         except ValueError as error:
             problems.append(f"strategy: {error}")
     return problems
-
-
-def _override(fields: dict[str, Any], text: str) -> str | None:
-    """Puts one `section.field=value` into nested dicts; returns what is wrong with it."""
-    path, equals, value = text.partition("=")
-    *sections, name = path.split(".")
-    if not equals:
-        return f"override {text!r} is not of the form section.field=value"
-    for section in sections:
-        fields = fields.setdefault(section, {})
-        if not isinstance(fields, dict):
-            return f"{path} = {value}: {section} is no section"
-    try:
-        fields[name] = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        fields[name] = value
-    return None
-
-
-def _build(kind: Any, fields: Any, path: str, problems: list[str]) -> Any:
-    """Builds a dataclass from a mapping, collecting problems instead of raising."""
-    if not isinstance(fields, Mapping):
-        problems.append(f"{path or 'config'} = {fields!r} must be a section of fields")
-        return kind()
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for name, value in fields.items():
-        where = f"{path}.{name}" if path else str(name)
-        if name not in hints:
-            close = difflib.get_close_matches(str(name), hints, n=1)
-            guess = f" (did you mean {close[0]}?)" if close else ""
-            problems.append(f"{where} = {value!r} is no field of {path or 'the config'}{guess}")
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(hints[name], value, where, problems)
-        else:
-            before = len(problems)
-            value = _typed(hints[name], value, where, problems)
-            if len(problems) == before:
-                values[name] = value
-    return kind(**values)
-
-
-def _typed(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """A value of the field's type, or a problem."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        problems.append(f"{where} = {value!r} must be one of {', '.join(map(repr, arguments))}")
-    elif origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
-        return tuple(_typed(k, v, where, problems) for k, v in zip(arguments, value, strict=True))
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(kind, type) and type(value) is kind:
-        return value
-    else:
-        name = kind if isinstance(kind, types.GenericAlias) else kind.__name__
-        problems.append(f"{where} = {value!r} must be of type {name}")
-    return value

@@ -6,14 +6,17 @@ import pytest
 
 from enat_jax.config import (
     Config,
-    ConfigError,
     check,
     config_from_dict,
     load_config,
     override_config,
 )
+from enat_jax.config_file import ConfigError
+from enat_jax.tokenizer_config import load_tokenizer_config
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+TOKENIZERS = sorted(FOLDER.glob("*_tokenizer.py"))  # configs of a VQGAN's training
+CONFIGS = sorted(set(FOLDER.glob("*.py")) - set(TOKENIZERS))
 DIGITS = "configs/digits.py"
 
 
@@ -46,7 +49,30 @@ class TestShippedConfigs:
         assert f"enat train --config=configs/{path.name}" in path.read_text()
 
     def test_there_is_something_to_test(self):
-        assert {"digits", "enat_s_256", "enat_b_256", "enat_l_256"} <= {p.stem for p in CONFIGS}
+        names = {path.stem for path in CONFIGS}
+        assert {"digits", "enat_s_256", "enat_b_256", "enat_l_256", "photos", "my_images"} <= names
+
+    @pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.stem)
+    def test_a_tokenizers_config_fits_that_of_the_network_that_uses_its_tokens(self, path):
+        assert f"enat train_tokenizer --config=configs/{path.name}" in path.read_text()
+        tokenizer = load_tokenizer_config(str(path))
+        user = load_config(str(path).replace("_tokenizer.py", ".py"))
+        assert user.tokenizer.grid[0] * tokenizer.model.patch == tokenizer.train.image_size
+        assert user.model.codebook_size in (0, tokenizer.model.codebook_size)
+        assert (user.images.folder, user.images.name) == (
+            tokenizer.images.folder,
+            tokenizer.images.name,
+        )
+
+    @pytest.mark.parametrize("name", ["enat_s_256", "enat_b_256", "enat_l_256", "enat_l_512"])
+    def test_a_config_of_the_paper_names_the_whole_way_from_images_to_a_score(self, name):
+        text = (FOLDER / f"{name}.py").read_text()
+        for verb in ("convert --kind=vqgan", "tokenize", "train", "evaluate"):
+            assert f"enat {verb} " in text
+        config = load_config(f"configs/{name}.py")
+        assert config.tokenizer.name == "vqgan"
+        assert config.images.name == "imagenet2012"
+        assert config.evaluate.num_images == 50_000
 
     @pytest.mark.parametrize(
         ("name", "sizes", "learning_rate", "batch_size", "guidance", "sampling_temperature"),
@@ -92,7 +118,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "text",
         [
-            "model.num_heads=0", "model.num_heads=-4", "model.width=0", "model.num_classes=0",
+            "model.num_heads=0", "model.num_heads=-4", "model.width=0", "model.num_classes=-1",
             "model.encoder_depth=0", "model.decoder_depth=-1", "model.mlp_ratio=0",
             "model.codebook_size=1", "model.codebook_size=65536", "model.dropout=1.0",
             "model.dropout=-0.1", "tokenizer.grid=(0, 16)", "tokenizer.grid=(-16, -16)",
