@@ -1,6 +1,7 @@
 """Turns published weights into a checkpoint that `sample` and `train` understand."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -14,11 +15,18 @@ from flax import nnx
 from enat_jax.checkpoint import Checkpoints
 from enat_jax.config import Config, config_from_dict
 from enat_jax.convert import enat as enat_rules
+from enat_jax.convert import vqgan as vqgan_rules
 from enat_jax.convert.apply import ConvertError, apply_rules
+from enat_jax.convert.flax_file import is_flax_file, read_flax
 from enat_jax.convert.torch_file import read_weights
+from enat_jax.convert.torch_pickle import WeightFileError
 from enat_jax.convert.verify import Comparison, verify
+from enat_jax.convert.verify_images import verify_inception, verify_vqgan
+from enat_jax.metrics.inception import Inception
 from enat_jax.models.enat import ENAT
-from enat_jax.sample import CHECKPOINTS, abstract_params
+from enat_jax.sample import abstract_params
+from enat_jax.tokenizer import CHECKPOINTS, abstract_vqgan
+from enat_jax.tokenizers.vqgan import VQGANConfig
 
 
 def convert_enat(
@@ -86,7 +94,40 @@ def _beside(source: pathlib.Path, depth: int) -> tuple[int, int, int]:
     return heads, encoder, decoder
 
 
-def verify_enat(config: Config, params: nnx.State, files: Sequence[str]) -> list[Comparison]:
+def convert_vqgan(
+    source: str | os.PathLike[str], *, key: str | None = None
+) -> tuple[VQGANConfig, nnx.State]:
+    """Reads published VQGAN weights; the file's first bytes and its names tell whose.
+
+    Args:
+        source: a `.ckpt`, `.pth` or `.safetensors` file with PyTorch's names (MAGE), or a file of
+            `flax.serialization` (MaskGIT).
+        key: the entry that holds the weights; by default `params` of a Flax file, and of a torch
+            file the whole or its `state_dict`.
+
+    Raises:
+        UserError: an unreadable file, or weights that do not fit, every tensor named.
+    """
+    if is_flax_file(source):
+        weights = read_flax(source, "params" if key is None else key)
+    else:
+        try:
+            weights = read_weights(source, key)
+        except WeightFileError as error:
+            try:
+                weights = read_weights(source, key or "state_dict")
+            except WeightFileError:
+                raise error from None  # what is wrong with the file itself tells more
+    try:
+        cfg = vqgan_rules.sizes_from_weights(weights)
+        _, abstract = abstract_vqgan(cfg)
+        table = vqgan_rules.rules(cfg, vqgan_rules.layout_of(weights))
+        return cfg, apply_rules(table, weights, abstract, unused=vqgan_rules.never_read)
+    except ConvertError as error:
+        raise ConvertError(f"{source}: {error}") from error
+
+
+def replay_enat(config: Config, params: nnx.State, files: Sequence[str]) -> list[Comparison]:
     """Replays recordings on the imported network, in float32 whatever the config says.
 
     Raises:
@@ -95,6 +136,24 @@ def verify_enat(config: Config, params: nnx.State, files: Sequence[str]) -> list
     model_cfg = dataclasses.replace(config.model, dtype="float32", attention="xla")
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: ENAT(model_cfg, rngs=nnx.Rngs(0))))
     model = nnx.merge(graphdef, params)
+    return _replay(files, lambda recorded: verify(model, recorded))
+
+
+def replay_vqgan(cfg: VQGANConfig, params: nnx.State, files: Sequence[str]) -> list[Comparison]:
+    """As `replay_enat`; see `verify_images.verify_vqgan` for what the files hold."""
+    graphdef, _ = abstract_vqgan(cfg)
+    model = nnx.merge(graphdef, params)
+    return _replay(files, lambda recorded: verify_vqgan(model, recorded))
+
+
+def replay_inception(network: Inception, files: Sequence[str]) -> list[Comparison]:
+    """As `replay_enat`; see `verify_images.verify_inception` for what the files hold."""
+    return _replay(files, lambda recorded: verify_inception(network, recorded))
+
+
+def _replay(
+    files: Sequence[str], compare_all: Callable[[dict[str, np.ndarray]], list[Comparison]]
+) -> list[Comparison]:
     found = []
     for file in files:
         try:
@@ -102,7 +161,10 @@ def verify_enat(config: Config, params: nnx.State, files: Sequence[str]) -> list
                 recorded = dict(arrays)
         except Exception as error:  # NumPy lets pass what zip files and pickles raise
             raise ConvertError(f"cannot read the recording {file}: {error}") from error
-        found += verify(model, recorded)
+        try:
+            found += compare_all(recorded)
+        except ConvertError as error:
+            raise ConvertError(f"{file}: {error}") from error
     return found
 
 
@@ -132,11 +194,37 @@ def write_checkpoint(config: Config, params: nnx.State, out: str | os.PathLike[s
     Raises:
         UserError: `out` holds checkpoints already, or cannot be written.
     """
+    _write(out, params, {"config": dataclasses.asdict(config)})
+
+
+def write_vqgan(
+    cfg: VQGANConfig,
+    params: nnx.State,
+    out: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+) -> None:
+    """Writes a VQGAN as step 0 of a workdir, with what it was read from.
+
+    Raises:
+        UserError: `out` holds checkpoints already, or cannot be written.
+        OSError: the source is gone.
+    """
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    metadata = {
+        "kind": "vqgan",
+        "vqgan": dataclasses.asdict(cfg),
+        "source": pathlib.Path(source).name,
+        "source_sha256": digest,
+    }
+    _write(out, params, metadata)
+
+
+def _write(out: str | os.PathLike[str], params: nnx.State, metadata: dict[str, Any]) -> None:
     folder = pathlib.Path(out) / CHECKPOINTS
     if Checkpoints(folder, read_only=True).steps():
         raise ConvertError(f"{folder} holds checkpoints already: nothing is written over")
     checkpoints = Checkpoints(folder)
-    metadata: dict[str, Any] = {"config": dataclasses.asdict(config)}
     try:
         ema = jax.tree.map(lambda x: x, params)
         checkpoints.save(0, {"params": params, "ema": ema}, metadata=metadata)

@@ -96,7 +96,8 @@ def _read_torch_zip(path: str | os.PathLike, key: str | None) -> dict[str, np.nd
         root = roots[0].removesuffix("data.pkl")
         if root + "byteorder" in names and _read(archive, root + "byteorder", 16) != b"little":
             raise WeightFileError("the byte order is not 'little'")
-        tensors = _state_dict(parse_pickle(_read(archive, roots[0], _MAX_PICKLE_BYTES)), key)
+        pickled = _read(archive, roots[0], _MAX_PICKLE_BYTES)
+        tensors = _state_dict(parse_pickle(pickled, key), key)
         sizes = {info.filename: info.file_size for info in archive.infolist()}
         problems = {name: _view_problem(tensor, root, sizes) for name, tensor in tensors.items()}
         if bad := [f"{name!r:.120} {problem}" for name, problem in problems.items() if problem]:

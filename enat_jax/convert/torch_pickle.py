@@ -67,18 +67,29 @@ class Tensor:
     strides: tuple
 
 
-def parse_pickle(data: bytes) -> Any:
-    """The pickle's value; every class that is not allowed is named in one error."""
+def parse_pickle(data: bytes, key: str | None = None) -> Any:
+    """The pickle's value; every class that is not allowed is named in one error.
+
+    Where an entry `key` of a dict is all that is wanted, what lies beside it may be of any class:
+    training checkpoints hold callbacks and the like. Nothing is made of these either.
+    """
     foreign: dict[str, None] = {}
+    value = None
     try:
         value = _interpret(data, foreign)
     except (IndexError, KeyError, ValueError) as error:
         if not foreign:
             damage = "" if isinstance(error, WeightFileError) else f"{type(error).__name__}, "
             raise WeightFileError(f"data.pkl: {damage}{error}") from error
-    if foreign:
+    if foreign and not _is_plain(value, key):
         raise WeightFileError(f"asks for classes beyond plain tensors: {listing(foreign)}")
     return value
+
+
+def _is_plain(value: Any, key: str | None) -> bool:
+    """Whether the entry is a dict into which no class that is not allowed has found its way."""
+    entry = value.get(key) if key is not None and type(value) is dict else None
+    return type(entry) is dict and not any(x is _FOREIGN for x in (*entry, *entry.values()))
 
 
 def _interpret(data: bytes, foreign: dict[str, None]) -> Any:

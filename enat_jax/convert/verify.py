@@ -62,7 +62,12 @@ def verify(model: ENAT, recorded: Arrays) -> list[Comparison]:
     return found
 
 
-def _compare(name: str, ours: Any, theirs: np.ndarray) -> Comparison:
+def compare(name: str, ours: Any, theirs: np.ndarray) -> Comparison:
+    """How far an array of ours is from the recorded one.
+
+    Raises:
+        ConvertError: they have different shapes.
+    """
     ours = np.asarray(ours)
     if ours.shape != theirs.shape:
         raise ConvertError(f"{name}: recorded {theirs.shape}, the network gives {ours.shape}")
@@ -139,7 +144,7 @@ def _forward_passes(model: ENAT, recorded: Arrays) -> list[Comparison]:
         passes[group] = out
         ours = {"logits": out.logits, "feat": out.features, "masking": out.masked}
         found += [
-            _compare(f"{group}/{name}", value, recorded[f"{group}/{name}"])
+            compare(f"{group}/{name}", value, recorded[f"{group}/{name}"])
             for name, value in ours.items()
             if f"{group}/{name}" in recorded
         ]
@@ -162,7 +167,7 @@ def _generations(model: ENAT, recorded: Arrays) -> list[Comparison]:
             }
             results = {**_sampled(model, own, shared), **_branches(model, own, shared)}
             found += [
-                _compare(f"{trace}/{variant}/{name}", value, own[name])
+                compare(f"{trace}/{variant}/{name}", value, own[name])
                 for name, value in results.items()
                 if name in own
             ]

@@ -134,20 +134,26 @@ def torch_pickle(arrays):
     return out + b"u."
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_torch_file_gives_the_same_network(enat_weights, tmp_path, nested):
-    arrays = {name: np.ascontiguousarray(value) for name, value in enat_weights.items()}
+def write_torch(path, arrays, entry=None, compression=zipfile.ZIP_STORED):
+    """A file as `torch.save` writes it, of a state dict or of one beside a step number."""
+    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     pickled = torch_pickle(arrays)
-    if nested:
-        inner = pickled[2:-1]
-        pickled = b"\x80\x02}(X\x03\x00\x00\x00ema" + inner + b"X\x04\x00\x00\x00stepK\x07u."
-    with zipfile.ZipFile(tmp_path / "enat.pth", "w") as archive:
-        archive.writestr("enat/data.pkl", pickled)
-        archive.writestr("enat/byteorder", b"little")
+    if entry is not None:
+        name = b"X" + struct.pack("<I", len(entry)) + entry.encode()
+        pickled = b"\x80\x02}(" + name + pickled[2:-1] + b"X\x04\x00\x00\x00stepK\x07u."
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("weights/data.pkl", pickled)
+        archive.writestr("weights/byteorder", b"little")
         for key, array in enumerate(arrays.values()):
-            archive.writestr(f"enat/data/{key}", array.tobytes())
+            archive.writestr(f"weights/data/{key}", array.tobytes())
+    return path
+
+
+@pytest.mark.parametrize("entry", [None, "ema"])
+def test_a_torch_file_gives_the_same_network(enat_weights, tmp_path, entry):
+    path = write_torch(tmp_path / "enat.pth", enat_weights, entry)
     shutil.copy(GOLDEN / "enat/config.json", tmp_path)
-    config, params = convert_enat(tmp_path / "enat.pth", key="ema" if nested else None)
+    config, params = convert_enat(path, key=entry)
     expected_config, expected = convert_enat(SOURCE)
     assert config == expected_config
     assert same_leaves(params, expected)

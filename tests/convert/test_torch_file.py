@@ -229,6 +229,33 @@ def test_all_foreign_classes_are_named_at_once(tmp_path, protocol):
     assert "OrderedDict" not in message
 
 
+class TestCheckpointsOfATrainingRun:
+    """Plain tensors under a key, beside objects of any class."""
+
+    def test_what_lies_beside_the_entry_may_be_of_any_class(self, tmp_path):
+        value = {"state_dict": {"w": tensor()}, "callbacks": {"x": Class("pathlib.Path")}}
+        path = save(tmp_path, value)
+        np.testing.assert_array_equal(
+            read_weights(path, "state_dict")["w"],
+            read_weights(save(tmp_path, {"w": tensor()}))["w"],
+        )
+
+    def test_nothing_beside_the_entry_is_executed(self, tmp_path):
+        pickled = pickle.dumps({"state_dict": {}, "callbacks": Touch(tmp_path / "touched")}, 2)
+        assert read_weights(save(tmp_path, pickled), "state_dict") == {}
+        assert not (tmp_path / "touched").exists()
+
+    @pytest.mark.parametrize("entry", [{"w": Class("torch.float32")}, Class("torch.float32")])
+    def test_what_lies_in_the_entry_may_not(self, tmp_path, entry):
+        path = save(tmp_path, {"state_dict": entry})
+        with pytest.raises(WeightFileError, match=r"beyond plain tensors: 'torch\.float32'"):
+            read_weights(path, "state_dict")
+
+    def test_without_a_key_they_are_named(self, tmp_path):
+        value = {"state_dict": {"w": tensor()}, "callbacks": Class("pathlib.Path")}
+        assert "pathlib.Path" in refusal(save(tmp_path, value))
+
+
 def test_foreign_classes_are_named_before_any_other_problem(tmp_path):
     complexes = tensor(base=storage("ComplexFloat"))
     message = refusal(save(tmp_path, [complexes, Class("torch.float32"), Raw(b"0")]))
