@@ -1,9 +1,6 @@
 """Token records as Grain pipelines over TFDS data sources."""
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +9,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int32, UInt16
 
-from enat_jax.digits.builder import Digits
-from enat_jax.errors import UserError
+from enat_jax.prepared import DataError, prepared_builder, quiet
+from enat_jax.record_plan import MAX_CODEBOOK_SIZE
 
 Columns = tuple[UInt16[np.ndarray, "b n"], Int32[np.ndarray, " b"]]
 
-_SHIPPED = {"digits": Digits}  # prepared on first use
-_MAX_CODEBOOK_SIZE = 2**16  # records hold uint16
 _CHUNK = 4096  # records decoded at a time: some MB
-
-
-class DataError(UserError):
-    """Records that are missing, unreadable, or not what their metadata say."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +41,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RecordInfo:
-    """What a set of token records was made with, and how many there are."""
+    """What a set of token records was made with, and how many there are.
+
+    `tokenizer_digest` names the tokenizer's weights in hexadecimal digits; it is empty where the
+    records do not say, as those of a tokenizer without weights.
+    """
 
     tokenizer: str
+    tokenizer_digest: str
     codebook_size: int
     grid: tuple[int, int]
     num_classes: int
@@ -114,7 +110,7 @@ def training_batches(
         raise ValueError(f"process_index = {process_index}, must lie in [0, {process_count})")
     builder = _prepared_builder(cfg)
     info = _checked_info(builder, cfg)
-    with _quiet():
+    with quiet():
         as_data_source: Any = builder.as_data_source  # wrapped beyond what pyright can follow
         source = as_data_source(split=cfg.split)
     if cfg.cache:
@@ -146,33 +142,8 @@ def training_batches(
 
 def _prepared_builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
     """A builder that reads the newest prepared version of `cfg.name`."""
-    folder = tfds.core.Path(cfg.data_dir).expanduser() / cfg.name
-    with _quiet():
-        if cfg.name in _SHIPPED:
-            _prepare(_SHIPPED[cfg.name], folder)
-        # TFDS writes into a folder of another name and renames it last, so a folder named by a
-        # version is a whole data set.
-        names = [path.name for path in folder.iterdir()] if folder.exists() else []
-        versions = [tfds.core.Version(n) for n in names if tfds.core.Version.is_valid(n)]
-        if not versions:
-            raise DataError(
-                f"{_where(cfg)}: no prepared records; tokenize the data set first, or correct "
-                f"name or data_dir (prepared on first use: {', '.join(_SHIPPED)})"
-            )
-        try:
-            return tfds.builder_from_directory(folder / str(max(versions)))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{_where(cfg)}: {error}") from error
-
-
-def _prepare(builder_class: type[tfds.core.GeneratorBasedBuilder], folder: tfds.core.Path) -> None:
-    """Writes a data set that the project ships, unless it is there."""
-    builder = builder_class(data_dir=folder.parent, file_format="array_record")
-    try:
-        builder.download_and_prepare()
-    except OSError:
-        if not builder.data_path.exists():  # else another process was quicker: its copy is as good
-            raise
+    missing = "no prepared records; tokenize the data set first, or correct name or data_dir"
+    return prepared_builder(cfg.name, cfg.data_dir, where=_where(cfg), missing=missing)
 
 
 def _checked_info(builder: tfds.core.DatasetBuilder, cfg: DataConfig) -> RecordInfo:
@@ -195,6 +166,7 @@ def _checked_info(builder: tfds.core.DatasetBuilder, cfg: DataConfig) -> RecordI
     names = getattr(features["label"], "names", None) or map(str, range(num_classes))
     info = RecordInfo(
         tokenizer=metadata["tokenizer"],
+        tokenizer_digest=metadata.get("tokenizer_digest", ""),
         codebook_size=metadata["codebook_size"],
         grid=tuple(metadata["grid"]),
         num_classes=num_classes,
@@ -204,10 +176,8 @@ def _checked_info(builder: tfds.core.DatasetBuilder, cfg: DataConfig) -> RecordI
     errors = []
     if num_records == 0:
         errors.append("the split is empty")
-    if not 1 <= info.codebook_size <= _MAX_CODEBOOK_SIZE:
-        errors.append(
-            f"codebook_size = {info.codebook_size}, must lie in [1, {_MAX_CODEBOOK_SIZE}]"
-        )
+    if not 1 <= info.codebook_size <= MAX_CODEBOOK_SIZE:
+        errors.append(f"codebook_size = {info.codebook_size}, must lie in [1, {MAX_CODEBOOK_SIZE}]")
     if len(info.class_names) != num_classes:
         errors.append(f"num_classes = {num_classes}, but {len(info.class_names)} class names")
     if errors:
@@ -256,17 +226,3 @@ def _decode(source: Any, indices: list[int], info: RecordInfo, cfg: DataConfig) 
 
 def _where(cfg: DataConfig) -> str:
     return f"data set {cfg.name!r}, split {cfg.split!r}, data_dir {cfg.data_dir!r}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps TFDS's progress bars, prints and routine log lines off the terminal."""
-    tfds.disable_progress_bar()
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

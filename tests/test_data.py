@@ -94,6 +94,7 @@ def test_the_digits_are_prepared_on_first_use_in_silence(tmp_path, capfd):
     info = record_info(DataConfig(name="digits", data_dir=str(tmp_path)))
     assert info == RecordInfo(
         tokenizer="pixels",
+        tokenizer_digest="",
         codebook_size=17,
         grid=(8, 8),
         num_classes=10,
@@ -273,13 +274,14 @@ def test_a_killed_preparation_is_not_believed(tmp_path):
     killed = run(f"""
 import os
 from enat_jax import data
-whole = data.Digits._generate_examples
+from enat_jax.digits.builder import Digits
+whole = Digits._generate_examples
 def killed(self):
     for index, example in whole(self):
         yield index, example
         if index == 1000:
             os._exit(9)
-data.Digits._generate_examples = killed
+Digits._generate_examples = killed
 data.record_info(data.DataConfig(data_dir={str(tmp_path)!r}))
 """)
     assert killed.returncode == 9, killed.stderr
