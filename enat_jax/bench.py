@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from enat_jax.config import Config
+from enat_jax.config import Config, TokenizerConfig
 from enat_jax.errors import UserError
 from enat_jax.models.enat import ENAT
 from enat_jax.models.flops import generation_flops, step_flops, training_flops
@@ -67,6 +67,9 @@ def bench(
                 if each not in ("sample", "train")]  # fmt: skip
     problems += [f"dtype = {each}, must be float32 or bfloat16" for each in dtypes
                  if each not in ("float32", "bfloat16")]  # fmt: skip
+    problems += [f"model.{name} = 0 is read from records: give a number"
+                 for name in ("num_classes", "codebook_size")
+                 if getattr(config.model, name) == 0]  # fmt: skip
     problems += [f"batch size = {size}, must be at least 1" for size in batch_sizes if size < 1]
     if problems:
         raise UserError("bench: " + "; ".join(problems))
@@ -96,7 +99,8 @@ def _bench_sample(
 ) -> list[dict[str, Any]]:
     mesh = make_mesh(config.mesh)
     init = jax.jit(lambda: nnx.split(ENAT(config.model, rngs=nnx.Rngs(0)), nnx.Param)[1])
-    sampler = Sampler(config, init(), mesh=mesh, layers=layers)
+    bare = dataclasses.replace(config, tokenizer=TokenizerConfig(grid=config.tokenizer.grid))
+    sampler = Sampler(bare, init(), mesh=mesh, layers=layers)
     layout, traced = sampler.plan()
     flops = generation_flops(config.model, layout.buckets, padded=False)
     cases = []
@@ -106,12 +110,13 @@ def _bench_sample(
         images = jax.device_put(jnp.arange(batch), rows)
         inputs = (
             sampler.params,
+            (),
             classes,
             images,
             *jax.device_put((traced, jax.random.key(0)), whole),
         )
         start = time.perf_counter()
-        program = sampler.generate_batch.lower(*inputs, layout=layout).compile()
+        program = sampler.generate_batch.lower(*inputs, layout=layout, output="token_ids").compile()
         compile_seconds = time.perf_counter() - start
         seconds, ratio = _timed(lambda p=program, i=inputs: p(*i), batch * flops, repeats)
         cases.append(

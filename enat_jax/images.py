@@ -4,7 +4,8 @@ import itertools
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -58,19 +59,44 @@ def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "y x 3"]) -
 
 def write_pngs(
     folder: str | os.PathLike[str],
-    images: UInt8[np.ndarray, "b y x 3"],
+    batches: Iterable[UInt8[np.ndarray, "_ y x 3"]],
     class_ids: Int[np.ndarray, " b"],
 ) -> None:
-    """Writes `00000_class_3.png` and so on into a folder."""
+    """Writes `00000_class_3.png` and so on into a folder, batch by batch."""
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    images = itertools.chain.from_iterable(batches)
     for index, (image, label) in enumerate(zip(images, class_ids, strict=True)):
         write_png(pathlib.Path(folder) / f"{index:05d}_class_{label}.png", image)
 
 
 def write_npz(
     path: str | os.PathLike[str],
-    images: UInt8[np.ndarray, "b y x 3"],
+    batches: Iterable[UInt8[np.ndarray, "_ y x 3"]],
     class_ids: Int[np.ndarray, " b"],
 ) -> None:
-    """Writes `arr_0` (uint8 NHWC) and `arr_1` (labels), as the ADM evaluation suite reads them."""
-    np.savez(path, images, class_ids)
+    """Writes `arr_0` (uint8 NHWC) and `arr_1` (labels), as the ADM evaluation suite reads them.
+
+    One batch is held at a time; the file has its name only once it is whole.
+
+    Args:
+        path: ends in `.npz`.
+        batches: images of one size, as many in all as there are class ids.
+        class_ids: one per image.
+    """
+    whole = pathlib.Path(path)
+    partial = whole.with_name(whole.name + ".partial")
+    count = 0
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for batch in batches:
+                if not count:
+                    shape = (len(class_ids), *batch.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(batch).data)
+                count += len(batch)
+        if count != len(class_ids):
+            raise ValueError(f"{count} images for {len(class_ids)} class ids")
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, np.asarray(class_ids))
+    partial.rename(whole)

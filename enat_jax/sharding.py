@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from einops import rearrange
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from enat_jax.errors import UserError
 
@@ -99,6 +100,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
     """Keeps activations split by rows alone; for the callable that a model is given."""
     return lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def map_in_chunks(function: Callable[[Any], Any], batch: Array, mesh: Mesh, at_once: int) -> PyTree:
+    """Applies a function of a batch to a few items of every device at a time, to save memory.
+
+    Args:
+        function: of arrays with the items along the first axis, to a tree of such arrays.
+        batch: its first axis lies as `batch_sharding` says.
+        mesh: the devices.
+        at_once: at most so many items of a device; a divisor of what it holds is taken.
+    """
+    shards = batch_shards(mesh)
+    chunk = math.gcd(len(batch) // shards, at_once)
+
+    def some(part: Array) -> PyTree:
+        made = function(rearrange(part, "s b ... -> (s b) ..."))
+        return jax.tree.map(lambda x: rearrange(x, "(s b) ... -> s b ...", s=shards), made)
+
+    # devices hold neighbouring items: each chunk takes some of every device's
+    parts = rearrange(batch, "(s m b) ... -> m s b ...", s=shards, b=chunk)
+    made = jax.lax.map(some, parts)
+    return jax.tree.map(lambda x: rearrange(x, "m s b ... -> (s m b) ..."), made)
 
 
 def batch_shards(mesh: Mesh) -> int:

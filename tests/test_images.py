@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,7 +86,7 @@ def test_a_png_holds_the_image_without_loss(tmp_path):
 
 def test_single_pngs_are_named_by_number_and_class(tmp_path):
     images = colours(3)
-    write_pngs(tmp_path / "new" / "folder", images, np.array([3, 3, 7]))
+    write_pngs(tmp_path / "new" / "folder", [images[:2], images[2:]], np.array([3, 3, 7]))
     names = sorted(path.name for path in (tmp_path / "new/folder").iterdir())
     assert names == ["00000_class_3.png", "00001_class_3.png", "00002_class_7.png"]
     with Image.open(tmp_path / "new/folder" / names[2]) as file:
@@ -93,9 +95,28 @@ def test_single_pngs_are_named_by_number_and_class(tmp_path):
 
 def test_the_npz_is_what_the_adm_suite_reads(tmp_path):
     images = colours(3, 8, 8)
-    write_npz(tmp_path / "images.npz", images, np.array([0, 5, 9]))
+    write_npz(tmp_path / "images.npz", iter([images[:2], images[2:]]), np.array([0, 5, 9]))
     with np.load(tmp_path / "images.npz", allow_pickle=False) as arrays:
         assert arrays.files == ["arr_0", "arr_1"]
         assert arrays["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(arrays["arr_0"], images)
         np.testing.assert_array_equal(arrays["arr_1"], [0, 5, 9])
+
+
+def test_an_npz_has_its_name_only_once_it_is_whole(tmp_path):
+    def broken():
+        yield colours(2, 8, 8)
+        raise RuntimeError("the machine went away")
+
+    with pytest.raises(RuntimeError, match="went away"):
+        write_npz(tmp_path / "images.npz", broken(), np.array([0, 5, 9]))
+    with pytest.raises(ValueError, match="2 images for 3 class ids"):
+        write_npz(tmp_path / "images.npz", [colours(2, 8, 8)], np.array([0, 5, 9]))
+    assert not (tmp_path / "images.npz").exists()
+
+
+def test_an_npz_larger_than_a_zip_of_32_bits_is_written_batch_by_batch(tmp_path):
+    # 4.3 GB on a file system with holes would not be sparse: the entry must be open-ended instead.
+    write_npz(tmp_path / "images.npz", [colours(1, 8, 8)], np.array([1]))
+    with zipfile.ZipFile(tmp_path / "images.npz") as archive:
+        assert archive.getinfo("arr_0.npy").extract_version >= 45  # ZIP64

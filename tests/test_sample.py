@@ -7,9 +7,11 @@ from flax import nnx
 
 import enat_jax
 from enat_jax.checkpoint import CheckpointError
-from enat_jax.config import ConfigError, override_config
+from enat_jax.config import override_config
+from enat_jax.config_file import ConfigError
 from enat_jax.models.enat import ENAT
-from enat_jax.sample import SampleError, Sampler, make_tokenizer
+from enat_jax.sample import SampleError, Sampler, as_uint8
+from enat_jax.tokenizers.pixels import Pixels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -45,9 +47,7 @@ class TestImages:
         assert token_ids.shape == (2, 64)
         assert token_ids.min() >= 0
         assert token_ids.max() < 17
-        np.testing.assert_array_equal(
-            model.sample([3, 7], seed=1), model.tokenizer.decode(token_ids)
-        )
+        np.testing.assert_array_equal(model.sample([3, 7], seed=1), Pixels().decode(token_ids))
 
     def test_the_same_seed_gives_the_same_images_and_another_seed_others(self, model):
         first, again, other = (tokens(model, [1, 2], seed=seed) for seed in (0, 0, 1))
@@ -71,10 +71,22 @@ class TestImages:
         np.testing.assert_array_equal(ours[0], theirs[0])
         assert np.any(ours[0] != ours[1])
 
-    def test_progress_is_told_image_by_image(self, model):
-        counts = []
-        model.sample([0] * 5, progress=counts.append)
-        assert sum(counts) == 5
+    def test_batches_from_an_image_on_are_the_later_ones(self, model):
+        made = [np.asarray(b)[:n] for n, b in model.batches([1] * 5, output="uint8", first=2)]
+        np.testing.assert_array_equal(np.concatenate(made), model.sample([1] * 5)[2:])
+
+    def test_floats_round_to_the_images(self, model):
+        (_, floats), (_, rounded) = (
+            next(model.batches([1, 2], output=output)) for output in ("floats", "uint8")
+        )
+        assert floats.dtype == np.float32
+        np.testing.assert_array_equal(as_uint8(floats), rounded)
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 100])
+    def test_how_many_are_decoded_at_a_time_changes_nothing(self, model, size):
+        chunked = with_config(model, sample={"decode_batch_size": size})
+        whole = with_config(model, sample={"decode_batch_size": 8})
+        np.testing.assert_array_equal(chunked.sample([1] * 6), whole.sample([1] * 6))
 
     def test_layers_in_arrays_of_their_own_change_nothing(self, model, trained):
         stacked = enat_jax.load(trained, layers="stacked")
@@ -121,7 +133,7 @@ class TestRefusals:
 
     def test_a_model_without_tokenizer_gives_tokens_but_no_images(self, model):
         bare = with_config(model, tokenizer={"name": "none"})
-        assert make_tokenizer(bare.config.tokenizer, 17) is None
+        assert bare.tokenizer is None
         with pytest.raises(SampleError, match=r"tokenizer\.name is 'none'.*token ids, not images"):
             bare.sample([1])
         assert tokens(bare, [1]).shape == (1, 64)

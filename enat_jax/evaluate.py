@@ -1,0 +1,209 @@
+"""Scores a generator: images are made, looked at and forgotten, batch by batch."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from enat_jax.config import EvaluateConfig
+from enat_jax.convert.inception import load_inception
+from enat_jax.errors import UserError
+from enat_jax.features import FeatureExtractor
+from enat_jax.metrics.collected import Collected
+from enat_jax.metrics.moments import local_rows
+from enat_jax.metrics.reference import read_reference, write_whole
+from enat_jax.sample import Restored, Sampler, as_uint8, sampler_of
+from enat_jax.sharding import batch_sharding
+from enat_jax.tokenizer import weights_digest
+
+ENOUGH = 2048  # images: fewer leave the covariance of the pool features short of full rank
+
+
+class EvaluateError(UserError):
+    """An evaluation that cannot be made or gone on with."""
+
+
+def evaluate(
+    restored: Restored,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Scores a generator by FID, sFID, Inception Score, precision and recall.
+
+    Images are class-balanced: image i is of class i modulo the number of classes. What was
+    gathered is saved beside `out` every `evaluate.save_every` images, and an evaluation that was
+    stopped goes on from there; these files are removed when the result is written.
+
+    Args:
+        restored: the generator and its config.
+        out: the `.json` to write.
+        seed: of the noise.
+        say: called with lines for the user.
+
+    Returns:
+        What is written: `scores` by protocol, and everything that determines them.
+
+    Raises:
+        UserError: weights or reference statistics that are missing or wrong, a generator without
+            a tokenizer, or an unfinished evaluation of something else beside `out`.
+    """
+    cfg = restored.config.evaluate
+    missing = [name for name in ("inception", "reference") if not getattr(cfg, name)]
+    if missing:
+        raise EvaluateError(
+            f"config: evaluate.{' and evaluate.'.join(missing)} must name"
+            f" {'files' if len(missing) > 1 else 'a file'}"
+        )
+    if restored.config.tokenizer.name == "none":
+        raise EvaluateError("tokenizer.name is 'none': this model gives token ids, not images")
+    reference = read_reference(cfg.reference)
+    inception = load_inception(cfg.inception, digest=cfg.inception_digest)
+    sampler = sampler_of(restored)
+    if cfg.num_images < ENOUGH:
+        say(
+            f"warning: FID of {cfg.num_images} images is biased upwards and not comparable: fewer"
+            f" than {ENOUGH} images cannot fill a covariance of {ENOUGH} features"
+        )
+    about = _identity(restored, sampler, seed)
+    keep_features = cfg.precision_recall and reference.features is not None
+    if cfg.precision_recall and not keep_features:
+        say(f"no precision and recall: {cfg.reference} holds no features of single images")
+    state = _State(pathlib.Path(out), cfg, about, keep_features)
+    extract = FeatureExtractor(inception, sampler.mesh, at_once=cfg.batch_size)
+    saved = state.done
+    for done in _run(sampler, state, extract, seed, say):
+        if done - saved >= cfg.save_every and done < cfg.num_images:
+            state.save()
+            saved = done
+    result = {
+        "scores": {
+            name: each.across_hosts().scores(reference) for name, each in state.collected.items()
+        },
+        **about,
+    }
+    pathlib.Path(out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    state.remove()
+    return result
+
+
+def _run(
+    sampler: Sampler,
+    state: "_State",
+    extract: FeatureExtractor,
+    seed: int,
+    say: Callable[[str], object],
+) -> Iterator[int]:
+    """Makes the images that are still to be made; yields how many are done."""
+    cfg = sampler.config.evaluate
+    classes = np.arange(cfg.num_images) % sampler.config.model.num_classes
+    start = state.done
+    if start:
+        say(f"going on from image {start}")
+    if start == cfg.num_images:
+        return
+    as_levels = jax.jit(as_uint8)
+    batches = sampler.batches(classes, output="floats", seed=seed, first=start)
+    with tqdm(total=cfg.num_images, initial=start, unit="image", disable=None) as bar:
+        for count, floats in batches:
+            ids = np.arange(state.done, state.done + len(floats))
+            own = local_rows(jax.device_put(ids, batch_sharding(sampler.mesh)))
+            real = own < cfg.num_images  # the last batch is filled up
+            for protocol, collected in state.collected.items():
+                images = floats if protocol == "floats" else as_levels(floats)
+                features = extract(images)
+                rows = jax.tree.map(lambda x, r=real: local_rows(x)[r], features)
+                collected.add(rows, own[real])
+            state.done += count
+            bar.update(count)
+            yield state.done
+
+
+def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]:
+    """Everything that determines the scores, for the result and to know an old state by."""
+    config, cfg = restored.config, restored.config.evaluate
+    assert sampler.tokenizer is not None  # `evaluate` has seen to it
+    return {
+        "images": cfg.num_images,
+        "seed": seed,
+        "strategy": dataclasses.asdict(config.strategy),
+        "step": restored.step,
+        "model": dataclasses.asdict(config.model),
+        "model_digest": weights_digest(restored.ema),
+        "tokenizer": config.tokenizer.name,
+        "tokenizer_dtype": config.tokenizer.dtype,
+        "tokenizer_digest": sampler.tokenizer.digest,
+        "inception_sha256": _sha256(cfg.inception),
+        "reference": pathlib.Path(cfg.reference).name,
+        "reference_sha256": _sha256(cfg.reference),
+        "protocol": cfg.protocol,
+    }
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _State:
+    """What was gathered so far, and where it is kept meanwhile."""
+
+    def __init__(
+        self, out: pathlib.Path, cfg: EvaluateConfig, about: dict[str, Any], keep_features: bool
+    ):
+        protocols = ("floats", "uint8") if cfg.protocol == "both" else (cfg.protocol,)
+        self._path = out.with_name(out.name + ".unfinished.npz")
+        self._about = json.dumps(about, sort_keys=True)
+        self._features = {
+            name: out.with_name(f"{out.name}.{name}.unfinished.npy") if keep_features else None
+            for name in protocols
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.done = 0
+        if not self._path.exists():
+            self.collected = {
+                name: Collected.empty(cfg.num_images, file) for name, file in self._features.items()
+            }
+            return
+        try:
+            with open(self._path, "rb") as content, np.load(content, allow_pickle=False) as file:
+                arrays = dict(file)
+        except Exception as error:  # NumPy lets pass what zip files raise
+            raise EvaluateError(f"cannot read {self._path}: {error}; remove it") from error
+        self._refuse_another(json.loads(str(arrays["about"])), about)
+        self.done = int(arrays["done"])
+        self.collected = {}
+        for name, file in self._features.items():
+            prefix = f"{name}/"
+            own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            self.collected[name] = Collected.from_arrays(own, file)
+
+    def _refuse_another(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+        here = json.loads(json.dumps(here))
+        wrong = [f"{k} = {here[k]}, there {there.get(k)}" for k in here if here[k] != there.get(k)]
+        if wrong:
+            raise EvaluateError(
+                f"{self._path} belongs to another evaluation ({'; '.join(wrong)}): remove it, or"
+                " choose another --out"
+            )
+
+    def save(self) -> None:
+        """Writes what was gathered, whole or not at all."""
+        arrays: dict[str, Any] = {"about": np.array(self._about), "done": np.array(self.done)}
+        for name, each in self.collected.items():
+            arrays |= {f"{name}/{key}": value for key, value in each.as_arrays().items()}
+        write_whole(self._path, arrays)
+
+    def remove(self) -> None:
+        """Removes the files; the result is there."""
+        for path in (self._path, *self._features.values()):
+            if path is not None:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,181 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from enat_jax import evaluate as job
+from enat_jax.config import override_config
+from enat_jax.errors import UserError
+from enat_jax.evaluate import evaluate
+from enat_jax.metrics.inception import Features, Inception
+from enat_jax.metrics.reference import Reference
+from enat_jax.metrics.scores import frechet_distance_of_moments, inception_score
+from enat_jax.sample import restore, sampler_of
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+IMAGES = 23  # in batches of 20 and 3
+P, Q, C = 6, 5, 4  # features in place of Inception's, so that a test takes no minute
+
+
+class FakeInception(Inception):
+    """Random projections of an image's pixels in place of Inception's features."""
+
+    def __init__(self):
+        key = jax.random.key(0)
+        self.weights = nnx.Param(jax.random.normal(key, (8 * 8 * 3, P + Q + C)))
+
+    def __call__(self, images):
+        made = jnp.tanh(images.reshape(len(images), -1) @ self.weights[...] / 4)
+        return Features(made[:, :P], made[:, P : P + Q], made[:, P + Q :])
+
+
+def reference(features=True):
+    rng = np.random.default_rng(5)
+    pool, spatial = rng.normal(size=(30, P)), rng.normal(size=(30, Q))
+    return Reference(
+        pool.mean(axis=0), np.cov(pool, rowvar=False), spatial.mean(axis=0),
+        np.cov(spatial, rowvar=False), pool.astype(np.float32) if features else None, 30,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """An evaluation of a tiny run, with small features; files that are named are there."""
+    from enat_jax.metrics import collected
+
+    for name, size in (("POOL_FEATURES", P), ("SPATIAL_FEATURES", Q), ("CLASSES", C)):
+        monkeypatch.setattr(collected, name, size)
+    monkeypatch.setattr(job, "load_inception", lambda path, digest: FakeInception())
+    monkeypatch.setattr(job, "read_reference", lambda path: reference())
+    (tmp_path / "inception.pth").write_bytes(b"weights")
+    (tmp_path / "reference.npz").write_bytes(b"statistics")
+    return tmp_path
+
+
+def restored(trained, folder, *overrides):
+    mine = [f"evaluate.inception={folder / 'inception.pth'}", f"evaluate.num_images={IMAGES}",
+            f"evaluate.reference={folder / 'reference.npz'}", *overrides]  # fmt: skip
+    return restore(trained, overrides=lambda fields: override_config(fields, mine))
+
+
+def direct(trained, folder, seed=0):
+    """The same scores from all images at once, in NumPy."""
+    sampler = sampler_of(restored(trained, folder))
+    images = sampler.sample(np.arange(IMAGES) % 10, seed=seed).astype(np.float32) / 255
+    features = FakeInception()(jnp.asarray(images))
+    pool, spatial, logits = (np.asarray(each, np.float64) for each in features)
+    real = reference()
+    fid, sfid = (
+        frechet_distance_of_moments(x.mean(axis=0), np.cov(x, rowvar=False), mean, covariance)
+        for x, mean, covariance in (
+            (pool, real.mean, real.covariance),
+            (spatial, real.spatial_mean, real.spatial_covariance),
+        )
+    )
+    return fid, sfid, inception_score(logits)
+
+
+def test_streamed_scores_are_those_of_all_images_at_once(trained, small):
+    result = evaluate(restored(trained, small), small / "fid.json", seed=3, say=lambda _: None)
+    fid, sfid, (mean, spread) = direct(trained, small, seed=3)
+    for protocol in ("floats", "uint8"):
+        found = result["scores"][protocol]
+        assert found["fid"] == pytest.approx(fid, rel=1e-5)
+        assert found["sfid"] == pytest.approx(sfid, rel=1e-5)
+        assert found["inception_score"]["mean"] == pytest.approx(mean, rel=1e-5)
+        assert found["inception_score"]["spread"] == pytest.approx(spread, rel=1e-4)
+        assert 0 <= found["precision"] <= 1
+        assert 0 <= found["recall"] <= 1
+
+
+def test_the_file_says_everything_that_determines_the_scores(trained, small):
+    out = small / "new" / "fid.json"
+    result = evaluate(restored(trained, small), out, seed=3, say=lambda _: None)
+    written = json.loads(out.read_text())
+    assert written == json.loads(json.dumps(result))
+    assert written["images"] == IMAGES
+    assert written["seed"] == 3
+    assert written["strategy"]["steps"] == 2
+    assert written["step"] == 4
+    assert len(written["model_digest"]) == 64
+    assert len(written["inception_sha256"]) == len(written["reference_sha256"]) == 64
+    assert [p.name for p in out.parent.iterdir()] == ["fid.json"]  # nothing else is left
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_evaluation_that_was_stopped_goes_on_to_the_same_scores(trained, small, monkeypatch):
+    options = ("sample.batch_size=4", "evaluate.save_every=8")
+    whole = evaluate(restored(trained, small, *options), small / "a.json", say=lambda _: None)
+    add, seen = job.Collected.add, []
+
+    def stopping(self, features, indices):
+        if len(seen) == 9:
+            raise Stopped
+        seen.append(indices)
+        add(self, features, indices)
+
+    monkeypatch.setattr(job.Collected, "add", stopping)
+    with pytest.raises(Stopped):
+        evaluate(restored(trained, small, *options), small / "b.json", say=lambda _: None)
+    assert not (small / "b.json").exists()
+    monkeypatch.setattr(job.Collected, "add", add)
+    lines = []
+    again = evaluate(restored(trained, small, *options), small / "b.json", say=lines.append)
+    assert "going on from image 16" in lines
+    assert again == whole
+
+
+def test_an_unfinished_evaluation_of_something_else_is_named(trained, small, monkeypatch):
+    def stopping(state):
+        save(state)
+        raise Stopped
+
+    save = job._State.save
+    monkeypatch.setattr(job._State, "save", stopping)
+    options = ("sample.batch_size=4", "evaluate.save_every=4")
+    with pytest.raises(Stopped):
+        evaluate(restored(trained, small, *options), small / "a.json", say=lambda _: None)
+    with pytest.raises(UserError, match=r"another evaluation \(seed = 1, there 0\): remove it"):
+        evaluate(restored(trained, small, *options), small / "a.json", seed=1, say=lambda _: None)
+
+
+def test_few_images_are_warned_of_with_the_number(trained, small):
+    lines = []
+    evaluate(restored(trained, small), small / "a.json", say=lines.append)
+    assert any(f"FID of {IMAGES} images is biased upwards" in line for line in lines)
+    assert any("2048" in line for line in lines)
+
+
+def test_only_the_protocol_asked_for_is_named(trained, small):
+    result = evaluate(
+        restored(trained, small, "evaluate.protocol=uint8"), small / "a.json", say=lambda _: None
+    )
+    assert list(result["scores"]) == ["uint8"]
+
+
+def test_without_single_features_precision_and_recall_are_left_out(trained, small, monkeypatch):
+    monkeypatch.setattr(job, "read_reference", lambda path: reference(features=False))
+    lines = []
+    result = evaluate(restored(trained, small), small / "a.json", say=lines.append)
+    assert "precision" not in result["scores"]["floats"]
+    assert any("no precision and recall" in line for line in lines)
+
+
+class TestRefusals:
+    def test_files_that_are_not_named(self, trained, small):
+        with pytest.raises(UserError, match=r"evaluate\.inception and evaluate\.reference must"):
+            evaluate(
+                restored(trained, small, "evaluate.inception=", "evaluate.reference="),
+                small / "a.json",
+            )
+
+    def test_a_model_of_token_ids_alone(self, trained, small):
+        with pytest.raises(UserError, match="gives token ids, not images"):
+            evaluate(restored(trained, small, "tokenizer.name=none"), small / "a.json")
