@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from enat_jax.checkpoint import CheckpointError, Checkpoints
-from enat_jax.config import Config, ConfigError
+from enat_jax.checkpoint import Checkpoints
+from enat_jax.config import Config
+from enat_jax.config_file import ConfigError
 from enat_jax.data import RecordInfo, record_info, training_batches
-from enat_jax.errors import UserError
-from enat_jax.images import image_grid, write_png
+from enat_jax.images import image_grid
 from enat_jax.metric_log import MetricLog
 from enat_jax.models.enat import ENAT
 from enat_jax.models.flops import training_flops
 from enat_jax.optim import learning_rate_schedule, make_optimizer
 from enat_jax.plans import training_plans
-from enat_jax.sample import CHECKPOINTS, Sampler, abstract_params
+from enat_jax.sample import Sampler, abstract_params
 from enat_jax.sharding import (
     batch_sharding,
     batch_shards,
@@ -35,13 +32,19 @@ from enat_jax.sharding import (
     place,
     replicated,
 )
+from enat_jax.tokenizer import CHECKPOINTS, load_tokenizer
+from enat_jax.tokenizers.protocol import Tokenizer
+from enat_jax.training_loop import (
+    Metrics,
+    averages,
+    open_workdir,
+    restore_trees,
+    run_steps,
+    write_samples,
+)
 from enat_jax.training_step import StepConfig, TrainState, training_step
 
 _GRID_CLASSES = 10  # a sample grid shows this many classes, so many images each
-
-
-class TrainError(UserError):
-    """A run that cannot go on."""
 
 
 def train(
@@ -58,17 +61,16 @@ def train(
         UserError: records or a workdir that do not fit the config, a loss that is not finite.
     """
     info = record_info(config.data)
+    config = _with_counts(config, info)
     _check_records(config, info)
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
-    workdir = pathlib.Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainError(f"cannot write to workdir {workdir}: {error}") from error
+    tokenizer = load_tokenizer(config.tokenizer, config.model.codebook_size, mesh)
+    _check_tokenizer(config, tokenizer, info)
+    workdir = open_workdir(workdir)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep)
     try:
-        _train(config, info, mesh, workdir, checkpoints, say)
+        _train(config, info, tokenizer, mesh, workdir, checkpoints, say)
     finally:
         checkpoints.close()
 
@@ -76,13 +78,18 @@ def train(
 def _train(
     config: Config,
     info: RecordInfo,
+    tokenizer: Tokenizer | None,
     mesh: Mesh,
     workdir: pathlib.Path,
     checkpoints: Checkpoints,
     say: Callable[[str], object],
 ) -> None:
     cfg = config.train
-    metadata = {"config": dataclasses.asdict(config), "class_names": list(info.class_names)}
+    metadata = {
+        "config": dataclasses.asdict(config),
+        "class_names": list(info.class_names),
+        "tokenizer_digest": info.tokenizer_digest,
+    }
     batches = training_batches(
         config.data,
         batch_size=cfg.batch_size // jax.process_count(),
@@ -103,46 +110,18 @@ def _train(
         f" {jax.devices()[0].device_kind}"
     )
 
-    key = jax.device_put(jax.random.key(cfg.seed), replicated(mesh))
-    sampler = None
-    pending: list[dict[str, jax.Array]] = []  # metrics since the last line of the log
-    waited, since = 0.0, time.perf_counter()
-    bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
-    with MetricLog(workdir, start_step=start) as log, bar:
-        for step in range(start, cfg.steps):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            state, metrics = run.step(step, state, batch, key)
-            pending.append(metrics)
-            if len(pending) > 1:  # one step behind, so that the device never waits
-                _stop_if_not_finite(pending[-2], step, checkpoints)
-            done = step + 1
-            bar.update()
-            last = done == cfg.steps
-            if done % cfg.log_every == 0 or last:
-                _stop_if_not_finite(metrics, done, checkpoints)
-                elapsed = time.perf_counter() - since
-                values = run.summary(done, pending, elapsed, waited)
-                log.scalars(done, values)
-                bar.set_postfix(loss=f"{values['loss']:.3f}")
-                if bar.disable:
-                    left = elapsed / len(pending) * (cfg.steps - done)
-                    say(
-                        f"step {done}/{cfg.steps} loss {values['loss']:.4f}"
-                        f" {values['images_per_second']:.0f} images/s, {left / 60:.1f} min left"
-                    )
-                pending, waited, since = [], 0.0, time.perf_counter()
-            if cfg.sample_every and (done % cfg.sample_every == 0 or last):
-                paused = time.perf_counter()
-                sampler = _sampled(sampler, config, info, state, mesh, log, workdir, done)
-                since += time.perf_counter() - paused
-            if done % cfg.checkpoint_every == 0 or last:
-                _stop_if_not_finite(metrics, done, checkpoints)
-                trees = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
-                checkpoints.save(done, trees, data=batches, metadata=metadata)
-        checkpoints.wait()
-    say(f"trained {cfg.steps} steps; the checkpoint is in {workdir / CHECKPOINTS}")
+    run_steps(
+        _Steps(run, info, tokenizer, workdir),
+        state,
+        start,
+        batches,
+        jax.device_put(jax.random.key(cfg.seed), replicated(mesh)),
+        cfg,
+        workdir=workdir,
+        checkpoints=checkpoints,
+        metadata=metadata,
+        say=say,
+    )
 
 
 class Run:
@@ -221,21 +200,15 @@ class Run:
         return self.programs[self.program(step)](state, tokens, classes, key)
 
     def summary(
-        self, done: int, metrics: list[dict[str, jax.Array]], seconds: float, waited: float
+        self, done: int, metrics: list[Metrics], seconds: float, waited: float
     ) -> dict[str, float]:
         """Means over the steps since the last line, and how fast they were."""
-        host = jax.device_get(metrics)
-        rate = len(metrics) / max(seconds, 1e-9)
+        cfg = self.config.train
+        values = averages(metrics, seconds, waited, images_per_step=cfg.batch_size)
         flops = np.mean([training_flops(self.config.model, plans) for plans in self.plans])
-        images = rate * self.config.train.batch_size
-        return {
-            **{name: float(np.mean([each[name] for each in host])) for name in host[0]},
-            "learning_rate": float(self.schedule(done - 1)),
-            "images_per_second": images,
-            "steps_per_second": rate,
-            "teraflops_per_second": images * float(flops) / 1e12,
-            "data_wait": waited / max(seconds, 1e-9),
-        }
+        values["learning_rate"] = float(self.schedule(done - 1))
+        values["teraflops_per_second"] = values["images_per_second"] * float(flops) / 1e12
+        return values
 
 
 def _restored(
@@ -246,72 +219,71 @@ def _restored(
     say: Callable[[str], object],
 ) -> TrainState | None:
     """The newest state in the workdir, with the data moved to its position."""
-    if not checkpoints.steps():
-        return None
-    saved, wanted = checkpoints.metadata().get("config", {}), metadata["config"]
-    saved = {section: _as_json(fields) for section, fields in saved.items()}
-    differences = [
-        f"{section}.{name} = {value!r}, there {saved.get(section, {}).get(name)!r}"
-        for section in ("model", "tokenizer")
-        for name, value in _as_json(wanted[section]).items()
-        if saved.get(section, {}).get(name) != value and name not in ("attention", "remat", "dtype")
-    ]
-    if differences:
-        raise CheckpointError(f"the workdir holds another model: {'; '.join(differences)}")
-    abstract = {
-        name: jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            getattr(run.abstract, name),
-            getattr(run.sharding, name),
-        )
-        for name in ("params", "ema", "opt_state")
-    }
-    found = checkpoints.restore(abstract, data=batches, warn=say)
+    names = ("params", "ema", "opt_state")
+    found = restore_trees(
+        checkpoints,
+        {name: getattr(run.abstract, name) for name in names},
+        {name: getattr(run.sharding, name) for name in names},
+        batches=batches,
+        config=metadata["config"],
+        sections=("model", "tokenizer"),
+        may_differ=("attention", "remat", "dtype", "weights"),
+        say=say,
+    )
     if found is None:
         return None
     step, trees = found
-    say(f"resuming from step {step}")
     return TrainState(step=jax.device_put(jnp.int32(step), replicated(run.mesh)), **trees)
 
 
-def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+class _Steps:
+    """A run as the loop sees it."""
+
+    def __init__(
+        self, run: Run, info: RecordInfo, tokenizer: Tokenizer | None, workdir: pathlib.Path
+    ):
+        self.run, self.info, self.tokenizer, self.workdir = run, info, tokenizer, workdir
+        self.summary = run.summary
+        self.sampler: Sampler | None = None
+
+    def step(
+        self, step: int, state: TrainState, batch: dict[str, np.ndarray], key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """One optimiser step."""
+        return self.run.step(step, state, batch, key)
+
+    def trees(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
+
+    def sample(self, done: int, state: TrainState, log: MetricLog) -> None:
+        """Writes a grid of what the moving average generates now."""
+        config, info = self.run.config, self.info
+        if self.tokenizer is None:
+            return
+        if self.sampler is None:
+            self.sampler = Sampler(
+                config,
+                state.ema,
+                class_names=info.class_names,
+                tokenizer=self.tokenizer,
+                mesh=self.run.mesh,
+            )
+        else:
+            self.sampler.update(state.ema)
+        classes = np.repeat(np.arange(min(info.num_classes, _GRID_CLASSES)), _GRID_CLASSES)
+        names = [self.sampler.class_names[c] for c in classes]
+        write_samples(self.workdir, done, image_grid(self.sampler.sample(classes), names), log)
 
 
-def _stop_if_not_finite(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints) -> None:
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    checkpoints.wait()
-    steps = checkpoints.steps()
-    kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "nothing was saved yet"
-    raise TrainError(f"step {step}: loss {loss}, gradient norm {norm}, not finite; {kept}")
-
-
-def _sampled(
-    sampler: Sampler | None,
-    config: Config,
-    info: RecordInfo,
-    state: TrainState,
-    mesh: Mesh,
-    log: MetricLog,
-    workdir: pathlib.Path,
-    step: int,
-) -> Sampler | None:
-    """Writes a grid of what the moving average generates now."""
-    if config.tokenizer.name == "none":
-        return None
-    if sampler is None:
-        sampler = Sampler(config, state.ema, class_names=info.class_names, mesh=mesh)
-    else:
-        sampler.update(state.ema)
-    classes = np.repeat(np.arange(min(info.num_classes, _GRID_CLASSES)), _GRID_CLASSES)
-    grid = image_grid(sampler.sample(classes), [sampler.class_names[c] for c in classes])
-    folder = workdir / "samples"
-    folder.mkdir(exist_ok=True)
-    write_png(folder / f"step_{step:07d}.png", grid)
-    log.image(step, "samples", grid)
-    return sampler
+def _with_counts(config: Config, info: RecordInfo) -> Config:
+    """The config with the numbers of classes and codes that it leaves to the records."""
+    model = dataclasses.replace(
+        config.model,
+        num_classes=config.model.num_classes or info.num_classes,
+        codebook_size=config.model.codebook_size or info.codebook_size,
+    )
+    return dataclasses.replace(config, model=model)
 
 
 def _check_records(config: Config, info: RecordInfo) -> None:
@@ -329,6 +301,16 @@ def _check_records(config: Config, info: RecordInfo) -> None:
     ]
     if wrong:
         raise ConfigError(f"config does not fit the records {config.data.name}: {'; '.join(wrong)}")
+
+
+def _check_tokenizer(config: Config, tokenizer: Tokenizer | None, info: RecordInfo) -> None:
+    """Refuses a tokenizer of other weights than the records were made with."""
+    if tokenizer is not None and info.tokenizer_digest not in ("", tokenizer.digest):
+        raise ConfigError(
+            f"config: tokenizer.weights = {config.tokenizer.weights!r} has digest"
+            f" {tokenizer.digest[:12]}, the records {config.data.name} were made with"
+            f" {info.tokenizer_digest[:12]}"
+        )
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:

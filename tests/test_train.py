@@ -16,11 +16,12 @@ from PIL import Image
 
 from enat_jax import train as train_module
 from enat_jax.checkpoint import CheckpointError, Checkpoints
-from enat_jax.config import ConfigError
+from enat_jax.config_file import ConfigError
 from enat_jax.data import DataError
 from enat_jax.errors import UserError
 from enat_jax.sharding import MeshConfig, make_mesh
-from enat_jax.train import Run, TrainError, train
+from enat_jax.train import Run, train
+from enat_jax.training_loop import TrainError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+
+from enat_jax.image_batches import Reader, image_batches
+from enat_jax.image_source import ImageError, ImageSource, UnreadableImage
+
+
+class Numbers(ImageSource):
+    """Images that show their number on the left, and how they were cropped on the right."""
+
+    def __init__(self, count, bad=()):
+        self.count, self.bad = count, bad
+
+    def __len__(self):
+        return self.count
+
+    def label(self, index):
+        return 0
+
+    def describe(self, index):
+        return f"number {index}"
+
+    def encoded(self, index):
+        return b""
+
+    def read(self, index, size, rng=None):
+        assert index in range(self.count)
+        if index in self.bad:
+            raise UnreadableImage(self.describe(index), "torn")
+        image = np.full((size, size, 3), index, np.uint8)
+        image[:, size // 2 :] = 200 if rng is None else rng.integers(201, 250)
+        return image
+
+
+def batches_of(source, *, batch_size=3, said=None, **options):
+    random_crops = options.pop("random_crops", False)
+    limit = options.pop("max_unreadable", 0.5)
+    warn = (said if said is not None else []).append
+    reader = Reader(source, size=4, random_crops=random_crops, max_unreadable=limit, warn=warn)
+    return image_batches(reader, len(source), batch_size=batch_size, seed=5, threads=2, **options)
+
+
+def take(batches, count):
+    return np.concatenate([next(batches) for _ in range(count)])
+
+
+def numbers(images):
+    return images.min(axis=(1, 2, 3)).tolist()
+
+
+def test_an_epoch_holds_every_image_once_and_the_next_in_another_order():
+    batches = batches_of(Numbers(12))
+    first, second = numbers(take(batches, 4)), numbers(take(batches, 4))
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+
+
+def test_images_are_mirrored_half_of_the_time():
+    images = take(batches_of(Numbers(30)), 40)
+    mirrored = images[:, 0, 0, 0] == 200
+    assert (images[~mirrored, 0, -1, 0] == 200).all()
+    assert 0.3 < mirrored.mean() < 0.7
+
+
+def test_random_crops_are_drawn_by_the_source():
+    images = take(batches_of(Numbers(12), random_crops=True), 4)
+    assert len(np.unique(images[:, 0, -1, 0])) > 4
+    assert images[:, 0, -1, 0].min() > 200
+
+
+def test_the_stream_goes_on_where_it_stopped():
+    batches = batches_of(Numbers(10), random_crops=True)
+    take(batches, 3)
+    position = batches.get_state()
+    expected = take(batches, 5)
+    again = batches_of(Numbers(10), random_crops=True)
+    again.set_state(position)
+    np.testing.assert_array_equal(take(again, 5), expected)
+
+
+def test_processes_share_every_epoch():
+    whole = take(batches_of(Numbers(8), batch_size=4), 4)
+    parts = [take(batches_of(Numbers(8), batch_size=2, process_index=p, process_count=2), 4)
+             for p in (0, 1)]  # fmt: skip
+    np.testing.assert_array_equal(whole[::2], parts[0])
+    np.testing.assert_array_equal(whole[1::2], parts[1])
+
+
+def test_an_unreadable_image_is_named_once_and_the_next_one_taken():
+    said = []
+    batches = batches_of(Numbers(6, bad=(2, 3)), said=said)
+    assert sorted(numbers(take(batches, 2))) == [0, 1, 4, 4, 4, 5]
+    take(batches, 2)
+    assert sorted(said) == ["skipped number 2: torn", "skipped number 3: torn"]
+
+
+def test_the_last_image_is_followed_by_the_first():
+    assert 5 not in numbers(take(batches_of(Numbers(6, bad=(5,))), 4))
+
+
+def test_more_unreadable_images_than_allowed_stop_the_stream():
+    batches = batches_of(Numbers(6, bad=(2, 3)), max_unreadable=0.2)
+    with pytest.raises(ImageError, match=r"number [23]: torn: with it 2 of 6 .* = 0\.2 allows"):
+        take(batches, 4)
