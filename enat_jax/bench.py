@@ -1,6 +1,7 @@
 """Measures sampling and training of a config: speed, FLOPs, compile time, memory."""
 
 import dataclasses
+import pathlib
 import platform
 import resource
 import time
@@ -19,9 +20,13 @@ from enat_jax.models.flops import generation_flops, step_flops, training_flops
 from enat_jax.plans import padding
 from enat_jax.sample import Layers, Sampler
 from enat_jax.sharding import batch_sharding, make_mesh, replicated
+from enat_jax.tokenizer import CHECKPOINTS, abstract_vqgan, load_vqgan
+from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
+from enat_jax.tokenizers.vqgan_flops import decode_flops, encode_flops
 from enat_jax.train import Run
 
 _MATMUL = 2048
+_WHAT = ("sample", "train", "encode", "decode")
 
 # dense 16-bit peak, FLOP/s, from the vendors' data sheets; by jax's device_kind
 PEAK_FLOPS = {
@@ -53,7 +58,9 @@ def bench(
 
     Args:
         config: the experiment.
-        what: `sample`, `train`, or both.
+        what: any of `sample`, `train`, `encode` and `decode`; the last two are the VQGAN's, at
+            the config's grid: of the sizes in `tokenizer.weights`, or if nothing is there
+            MaskGIT's.
         batch_sizes: images per call of the sampler.
         dtypes: activation types to measure; the config's by default.
         layers: how the sampler lays out depth, see `Sampler`.
@@ -63,8 +70,8 @@ def bench(
     Raises:
         UserError: unknown `what` or type, or a batch size below 1.
     """
-    problems = [f"what = {each}, must be sample or train" for each in what
-                if each not in ("sample", "train")]  # fmt: skip
+    problems = [f"what = {each}, must be one of {', '.join(_WHAT)}" for each in what
+                if each not in _WHAT]  # fmt: skip
     problems += [f"dtype = {each}, must be float32 or bfloat16" for each in dtypes
                  if each not in ("float32", "bfloat16")]  # fmt: skip
     problems += [f"model.{name} = 0 is read from records: give a number"
@@ -87,6 +94,9 @@ def bench(
         cases = [_bench_train(cfg, repeats)] if "train" in what else []
         if "sample" in what:
             cases += _bench_sample(cfg, batch_sizes, layers, repeats)
+        for way in ("encode", "decode"):
+            if way in what:
+                cases += [_bench_vqgan(cfg, way, dtype, size, repeats) for size in batch_sizes]
         for case in cases:
             say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                           for k, v in case.items()))  # fmt: skip
@@ -167,6 +177,43 @@ def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
         "programs": len(run.programs),
         "gigaflop_per_image": flops / batch / 1e9,
         "steps_per_second": 1 / seconds,
+        "images_per_second": batch / seconds,
+        **_rates(flops, seconds, ratio),
+        "compile_seconds": compile_seconds,
+        **_memory(program),
+    }
+
+
+def _bench_vqgan(config: Config, way: str, dtype: str, batch: int, repeats: int) -> dict[str, Any]:
+    weights = pathlib.Path(config.tokenizer.weights)
+    there = config.tokenizer.weights and (weights / CHECKPOINTS).is_dir()
+    cfg = load_vqgan(weights)[0] if there else VQGANConfig()
+    cfg = dataclasses.replace(cfg, dtype=dtype)
+    grid = config.tokenizer.grid
+    graphdef, _ = abstract_vqgan(cfg)
+    params = jax.jit(lambda: nnx.split(VQGAN(cfg, rngs=nnx.Rngs(0)), nnx.Param)[1])()
+    mesh = make_mesh(config.mesh)
+    sides = [side * cfg.patch for side in grid]
+    decoding = way == "decode"
+    token_ids, images = jnp.zeros((batch, grid[0] * grid[1]), jnp.int32), jnp.ones((1, 1, 1, 3))
+    data = token_ids if decoding else jnp.broadcast_to(images, (batch, *sides, 3))
+    params, data = jax.device_put((params, data), (replicated(mesh), batch_sharding(mesh)))
+
+    def run(params: nnx.State, data: jax.Array) -> jax.Array:
+        vqgan = nnx.merge(graphdef, params)
+        return vqgan.decode(data, grid) if decoding else vqgan.encode(data)
+
+    start = time.perf_counter()
+    program = jax.jit(run).lower(params, data).compile()
+    compile_seconds = time.perf_counter() - start
+    flops = batch * (decode_flops if decoding else encode_flops)(cfg, sides[0])
+    seconds, ratio = _timed(lambda: program(params, data), flops, repeats)
+    return {
+        "what": way,
+        "dtype": dtype,
+        "batch_size": batch,
+        "pixels": sides[0],
+        "gigaflop_per_image": flops / batch / 1e9,
         "images_per_second": batch / seconds,
         **_rates(flops, seconds, ratio),
         "compile_seconds": compile_seconds,

@@ -276,7 +276,7 @@ def restore(
         folder = folder / CHECKPOINTS
     checkpoints = Checkpoints(folder, read_only=True)
     metadata = checkpoints.metadata(step)
-    if "model" not in metadata.get("config", {}):
+    if "config" not in metadata or "vqgan" in metadata:
         raise CheckpointError(f"{folder} holds no checkpoint of an image generator")
     config = overrides(metadata["config"])
     _, abstract = abstract_params(config.model)

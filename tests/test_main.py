@@ -8,7 +8,9 @@ from PIL import Image
 
 import enat_jax
 from enat_jax import bench as bench_module
-from enat_jax.__main__ import VERBS, main
+from enat_jax.__main__ import VERBS, main, summary
+from enat_jax.tokenizers.vqgan import VQGANConfig
+from enat_jax.tokenizers.vqgan_flops import decode_flops, encode_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -52,9 +54,9 @@ class TestHelp:
         assert main(arguments) == 0
         out, err = capsys.readouterr()
         assert err == ""
-        for name, verb in VERBS.items():
-            assert f"  {name}" in out
-            assert verb.summary in out
+        for name in VERBS:
+            assert f"  {name} " in out
+            assert summary(name) in out
 
     @pytest.mark.parametrize("verb", VERBS)
     @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -62,10 +64,11 @@ class TestHelp:
         assert main([verb, "--workdir=x", flag]) == 0
         out, err = capsys.readouterr()
         assert err == ""
-        assert out.startswith(f"enat {verb}: {VERBS[verb].summary}\n")
+        assert out.startswith(f"enat {verb}: {summary(verb)}\n")
         assert "--config.SECTION.FIELD=value overrides a field" in out
         wanted = {"train": "--workdir", "sample": "--per_class", "convert": "--verify",
-                  "bench": "--batch_sizes"}  # fmt: skip
+                  "bench": "--batch_sizes", "tokenize": "--check", "evaluate": "--seed",
+                  "statistics": "--size", "train_tokenizer": "--workdir"}  # fmt: skip
         assert wanted[verb] in out
 
     def test_an_unknown_verb_is_named_and_the_verbs_are_listed(self, capsys):
@@ -146,7 +149,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("flags", "part"),
         [
-            (["--what=smaple"], "what = smaple, must be sample or train"),
+            (["--what=smaple"], "what = smaple, must be one of sample, train, encode, decode"),
             (["--dtypes=float16"], "dtype = float16, must be float32 or bfloat16"),
             (["--batch_sizes=0,1"], "batch size = 0, must be at least 1"),
             (["--batch_sizes=one"], "--batch_sizes=one: invalid literal"),
@@ -224,6 +227,9 @@ BENCH_KEYS = {
 }  # fmt: skip
 
 
+SMALL_VQGAN = VQGANConfig(4, (1, 1), 1, 4, 8)
+
+
 class TestBench:
     def test_it_prints_and_writes_json_of_sampling_and_training(
         self, tiny_overrides, tmp_path, monkeypatch, capsys
@@ -252,3 +258,17 @@ class TestBench:
                 case["gigaflop_per_image"] * case["images_per_second"]
             )
             assert case["mfu"] is None  # a CPU's peak is in no data sheet
+
+    def test_a_vqgan_is_measured_both_ways_at_the_configs_grid(self, monkeypatch, capsys):
+        monkeypatch.setattr(bench_module, "_MATMUL", 64)
+        monkeypatch.setattr(bench_module, "VQGANConfig", lambda: SMALL_VQGAN)
+        code = main(["bench", "--config=configs/photos.py", "--what=encode,decode",
+                     "--batch_sizes=2", "--repeats=1", "--config.tokenizer.weights=nowhere",
+                     "--config.model.num_classes=2", "--config.model.codebook_size=8"])  # fmt: skip
+        cases = json.loads(capsys.readouterr().out)["cases"]
+        assert code == 0
+        assert [case["what"] for case in cases] == ["encode", "decode"]
+        for case, flops in zip(cases, (encode_flops, decode_flops), strict=True):
+            assert set(case) == BENCH_KEYS | {"pixels"}
+            assert case["pixels"] == 16
+            assert case["gigaflop_per_image"] == pytest.approx(flops(SMALL_VQGAN, 16) / 1e9)

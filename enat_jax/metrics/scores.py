@@ -147,8 +147,12 @@ class ScoreSums:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ScoreSums":
         """The sums that `as_arrays` named."""
-        names = ("counts", "probabilities", "log_probabilities")
-        return cls(*(np.asarray(arrays[name]) for name in names), int(arrays["total"]))
+        return cls(
+            np.asarray(arrays["counts"]),
+            np.asarray(arrays["probabilities"]),
+            np.asarray(arrays["log_probabilities"]),
+            int(arrays["total"]),
+        )
 
     def _split_of(self) -> Int[np.ndarray, " total"]:
         """The split of every image; numpy never changes what a `RandomState` draws."""

@@ -1,0 +1,20 @@
+"""Trains a VQGAN on one's own images, or goes on."""
+
+from absl import flags
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the verb's flags."""
+    flags.DEFINE_string("config", None, "the config file", values, required=True)
+    flags.DEFINE_string("workdir", None, "where the run lives", values, required=True)
+
+
+def run(args: flags.FlagValues, overrides: list[str]) -> int:
+    """Does the job; returns the exit code."""
+    from enat_jax.compilation_cache import keep_compiled_programs
+    from enat_jax.tokenizer_config import load_tokenizer_config
+    from enat_jax.train_tokenizer import train_tokenizer
+
+    keep_compiled_programs()
+    train_tokenizer(load_tokenizer_config(args.config, overrides), args.workdir)
+    return 0
