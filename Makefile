@@ -6,12 +6,18 @@ WORKDIR ?= runs/digits
 # glibc on Linux: huge pages for the large temporary arrays of a step; a third faster on CPU here.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart photos test test-slow lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/enat train --config=configs/digits.py --workdir=$(WORKDIR)
 	$(BIN)/enat sample --workdir=$(WORKDIR) --out=$(WORKDIR)/digits.png
 	$(BIN)/python -m enat_jax.digits.score --workdir=$(WORKDIR)
+
+photos: $(VENV)/installed
+	$(BIN)/enat train_tokenizer --config=configs/photos_tokenizer.py --workdir=runs/photos_tokenizer
+	$(BIN)/enat tokenize --config=configs/photos.py --check=runs/photos_records.png
+	$(BIN)/enat train --config=configs/photos.py --workdir=runs/photos
+	$(BIN)/enat sample --workdir=runs/photos --out=runs/photos/photos.png
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow" -n 2
