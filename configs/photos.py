@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
                 "ema_decay": 0.998,
             },
             "train": {
-                "steps": 3000,
+                "steps": 2500,
                 "batch_size": 64,
                 "images_per_row": 4,
                 "programs": 2,
@@ -48,11 +48,11 @@ def get_config() -> ConfigDict:
                 "checkpoint_every": 1000,
             },
             "strategy": {
-                "rule": "maskgit",
+                "rule": "enat",
                 "steps": 8,
                 "guidance_scale": 1.0,
-                "choice_temperature": 8.0,
-                "sampling_temperature": 1.0,
+                "choice_temperature": 4.5,
+                "sampling_temperature": 1.5,
             },
             "sample": {"batch_size": 32},
         }

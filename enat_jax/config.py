@@ -74,14 +74,15 @@ class SampleConfig:
 
     Attributes:
         batch_size: images per call, over all devices.
-        decode_batch_size: images that a device decodes at a time: a VQGAN takes more memory per
-            image than the network.
+        decode_batch_size: images that a device decodes at a time, because a VQGAN takes more
+            memory per image than the network; 0 chooses: 1 on a CPU, 8 elsewhere. Pixels can
+            differ by a level between one number and another, not between batch sizes.
         buckets: compiled step bodies; 0 chooses, see `plans.group_into_buckets`.
         max_padding: most extra FLOPs of the automatic choice, as a fraction.
     """
 
     batch_size: int = 64
-    decode_batch_size: int = 8
+    decode_batch_size: int = 0
     buckets: int = 0
     max_padding: float = 0.15
 
@@ -210,7 +211,6 @@ def check(config: Config) -> list[str]:
             "tokenizer.grid[1]": config.tokenizer.grid[1],
             "data.read_threads": config.data.read_threads,
             "sample.batch_size": config.sample.batch_size,
-            "sample.decode_batch_size": config.sample.decode_batch_size,
             "images.shard_size": config.images.shard_size,
             "images.read_threads": config.images.read_threads,
             "evaluate.num_images - 1": config.evaluate.num_images - 1,
@@ -225,6 +225,7 @@ def check(config: Config) -> list[str]:
             "model.codebook_size": model.codebook_size,
             "train.seed": train.seed,
             "train.sample_every": train.sample_every,
+            "sample.decode_batch_size": config.sample.decode_batch_size,
             "sample.buckets": config.sample.buckets,
             "sample.max_padding": config.sample.max_padding,
             "optim.learning_rate": optim.learning_rate,

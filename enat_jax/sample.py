@@ -212,7 +212,9 @@ class Sampler:
             floats = decode(decoder, ids, grid)
             return as_uint8(floats) if output == "uint8" else floats
 
-        return map_in_chunks(images, token_ids, self.mesh, self.config.sample.decode_batch_size)
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        at_once = self.config.sample.decode_batch_size or (1 if on_cpu else 8)
+        return map_in_chunks(images, token_ids, self.mesh, at_once)
 
     def _checked(self, class_ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " b"]:
         classes = np.asarray(class_ids)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -103,25 +104,35 @@ def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
 
 
 def map_in_chunks(function: Callable[[Any], Any], batch: Array, mesh: Mesh, at_once: int) -> PyTree:
-    """Applies a function of a batch to a few items of every device at a time, to save memory.
+    """Applies a function of a batch to a few items of every device at a time.
+
+    It saves memory; and since a device always meets the same number of items, filled up with
+    zeros at the end, an item's result does not depend on the size of the batch.
 
     Args:
         function: of arrays with the items along the first axis, to a tree of such arrays.
         batch: its first axis lies as `batch_sharding` says.
         mesh: the devices.
-        at_once: at most so many items of a device; a divisor of what it holds is taken.
+        at_once: items of a device in a call of the function.
     """
     shards = batch_shards(mesh)
-    chunk = math.gcd(len(batch) // shards, at_once)
+    local = len(batch) // shards
 
     def some(part: Array) -> PyTree:
         made = function(rearrange(part, "s b ... -> (s b) ..."))
         return jax.tree.map(lambda x: rearrange(x, "(s b) ... -> s b ...", s=shards), made)
 
     # devices hold neighbouring items: each chunk takes some of every device's
-    parts = rearrange(batch, "(s m b) ... -> m s b ...", s=shards, b=chunk)
+    rows = rearrange(batch, "(s l) ... -> s l ...", s=shards)
+    filled = jnp.pad(rows, [(0, 0), (0, -local % at_once)] + [(0, 0)] * (rows.ndim - 2))
+    parts = rearrange(filled, "s (m b) ... -> m s b ...", b=at_once)
     made = jax.lax.map(some, parts)
-    return jax.tree.map(lambda x: rearrange(x, "m s b ... -> (s m b) ..."), made)
+
+    def joined(x: Array) -> Array:
+        rows = rearrange(x, "m s b ... -> s (m b) ...")[:, :local]
+        return rearrange(rows, "s l ... -> (s l) ...")
+
+    return jax.tree.map(joined, made)
 
 
 def batch_shards(mesh: Mesh) -> int:

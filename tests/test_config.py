@@ -134,7 +134,9 @@ class TestErrors:
             "train.log_every=0", "train.sample_every=-1", "train.checkpoint_every=0",
             "train.keep=0", "strategy.steps=0", "strategy.sampling_temperature=0.0",
             "strategy.choice_temperature=-1.0", "strategy.guidance_scale=-1.0",
-            "sample.batch_size=0", "sample.buckets=-1", "sample.max_padding=-0.1",
+            "sample.batch_size=0", "sample.decode_batch_size=-1", "sample.buckets=-1",
+            "sample.max_padding=-0.1", "images.shard_size=0", "images.max_unreadable=1.0",
+            "evaluate.batch_size=0", "evaluate.save_every=0", "evaluate.num_images=1",
         ],
     )  # fmt: skip
     def test_a_value_out_of_range_is_named(self, text):

@@ -216,3 +216,40 @@ def test_eight_devices_take_the_same_steps_as_one():
         },
     )
     assert done.returncode == 0, done.stderr
+
+
+CHUNKS = """
+import jax, jax.numpy as jnp, numpy as np
+from enat_jax.sharding import MeshConfig, batch_sharding, make_mesh, map_in_chunks
+for shape, at_once in ((dict(data=8), 2), (dict(data=2, fsdp=2, tensor=2), 4)):
+    mesh = make_mesh(MeshConfig(**shape))
+    items = np.arange(24 * 5, dtype=np.float32).reshape(24, 5)
+    seen = []
+    def double(part):
+        seen.append(len(part))
+        return {"twice": 2 * part, "sum": part.sum(axis=1)}
+    program = jax.jit(lambda x: map_in_chunks(double, x, mesh, at_once))
+    placed = jax.device_put(items, batch_sharding(mesh))
+    found = program(placed)
+    np.testing.assert_array_equal(found["twice"], 2 * items)
+    np.testing.assert_array_equal(found["sum"], items.sum(axis=1))
+    shards = 8 if "fsdp" not in shape else 4
+    assert seen[0] == shards * at_once, seen
+    text = program.lower(placed).compile().as_text()
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+"""
+
+
+def test_chunks_take_some_of_every_device_and_nothing_moves_between_devices():
+    done = subprocess.run(
+        [sys.executable, "-c", CHUNKS],
+        capture_output=True,
+        text=True,
+        env={
+            "PYTHONPATH": ".",
+            "PATH": "",
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+    )
+    assert done.returncode == 0, done.stderr
