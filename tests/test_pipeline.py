@@ -8,6 +8,7 @@ from PIL import Image
 
 from enat_jax import load
 from enat_jax.__main__ import main
+from enat_jax.config import override_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -64,6 +65,15 @@ def test_images_are_decoded_by_the_vqgan_at_its_resolution(made):
     assert images.shape == (4, 16, 16, 3)
     assert images.dtype == np.uint8
     assert np.any(images[..., 0] != images[..., 1])  # in colour
+
+
+def test_pixels_do_not_depend_on_the_batch(made):
+    def sample(size):
+        sized = [f"sample.batch_size={size}", "sample.decode_batch_size=2"]
+        model = load(made[0] / "run", overrides=lambda fields: override_config(fields, sized))
+        return model.sample([0, 1, 2, 0, 1])
+
+    np.testing.assert_array_equal(sample(5), sample(3))
 
 
 def test_records_are_shown_as_a_picture(made):
