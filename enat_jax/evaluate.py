@@ -56,6 +56,8 @@ def evaluate(
         UserError: weights or reference statistics that are missing or wrong, a generator without
             a tokenizer, or an unfinished evaluation of something else beside `out`.
     """
+    if jax.process_count() > 1:  # the sampler places arrays of one host
+        raise EvaluateError(f"evaluate runs on one host so far, not on {jax.process_count()}")
     cfg = restored.config.evaluate
     missing = [name for name in ("inception", "reference") if not getattr(cfg, name)]
     if missing:

@@ -169,6 +169,12 @@ def test_without_single_features_precision_and_recall_are_left_out(trained, smal
 
 
 class TestRefusals:
+    def test_several_hosts(self, trained, small, monkeypatch):
+        run = restored(trained, small)
+        monkeypatch.setattr(job.jax, "process_count", lambda: 2)
+        with pytest.raises(UserError, match="runs on one host so far, not on 2"):
+            evaluate(run, small / "a.json")
+
     def test_files_that_are_not_named(self, trained, small):
         with pytest.raises(UserError, match=r"evaluate\.inception and evaluate\.reference must"):
             evaluate(
