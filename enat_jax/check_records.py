@@ -11,9 +11,8 @@ from enat_jax.data import DataConfig, DataError, record_info
 from enat_jax.errors import UserError
 from enat_jax.images import image_grid, write_png
 from enat_jax.prepared import prepared_builder
+from enat_jax.tokenizers.levels import as_uint8
 from enat_jax.tokenizers.protocol import Tokenizer
-
-_WHITE = 255
 
 
 class OtherTokenizerError(UserError):
@@ -61,11 +60,11 @@ def check_records(
     except RuntimeError as error:
         raise DataError(f"records {cfg.name!r}: a file is missing or damaged: {error}") from error
     token_ids = jnp.asarray(np.stack([record["tokens"] for record in records]), jnp.int32)
-    decode = jax.jit(lambda weights, ids: tokenizer.decode(weights, ids, info.grid))
-    pixels = np.clip(np.asarray(decode(tokenizer.params, token_ids), np.float32), 0, 1)
+    decode = jax.jit(lambda weights, ids: as_uint8(tokenizer.decode(weights, ids, info.grid)))
+    images = np.asarray(decode(tokenizer.params, token_ids))
     labels = [
         "flipped" if record.get("flipped") else info.class_names[record["label"]]
         for record in records
     ]
     columns = 2 * max(1, round((len(records) / 4) ** 0.5))
-    write_png(out, image_grid(np.rint(pixels * _WHITE).astype(np.uint8), labels, columns=columns))
+    write_png(out, image_grid(images, labels, columns=columns))

@@ -1,7 +1,6 @@
 """Scores a generator: images are made, looked at and forgotten, batch by batch."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -14,14 +13,15 @@ from tqdm import tqdm
 
 from enat_jax.config import EvaluateConfig
 from enat_jax.convert.inception import load_inception
+from enat_jax.digests import file_digest, weights_digest
 from enat_jax.errors import UserError
 from enat_jax.features import FeatureExtractor
 from enat_jax.metrics.collected import Collected
 from enat_jax.metrics.moments import local_rows
 from enat_jax.metrics.reference import read_reference, write_whole
-from enat_jax.sample import Restored, Sampler, as_uint8, sampler_of
+from enat_jax.sample import Restored, Sampler, sampler_of
 from enat_jax.sharding import batch_sharding
-from enat_jax.tokenizer import weights_digest
+from enat_jax.tokenizers.levels import as_uint8
 
 ENOUGH = 2048  # images: fewer leave the covariance of the pool features short of full rank
 
@@ -83,7 +83,7 @@ def evaluate(
     extract = FeatureExtractor(inception, sampler.mesh, at_once=cfg.batch_size)
     saved = state.done
     for done in _run(sampler, state, extract, seed, say):
-        if done - saved >= cfg.save_every and done < cfg.num_images:
+        if done - saved >= cfg.save_every or done == cfg.num_images:  # scoring can fail, too
             state.save()
             saved = done
     result = {
@@ -137,22 +137,22 @@ def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]
         "images": cfg.num_images,
         "seed": seed,
         "strategy": dataclasses.asdict(config.strategy),
+        "strategy_by_step": {  # what a strategy file said, not only where it was
+            name: np.asarray(values).tolist()
+            for name, values in dataclasses.asdict(sampler.strategy()).items()
+        },
         "step": restored.step,
         "model": dataclasses.asdict(config.model),
         "model_digest": weights_digest(restored.ema),
         "tokenizer": config.tokenizer.name,
         "tokenizer_dtype": config.tokenizer.dtype,
         "tokenizer_digest": sampler.tokenizer.digest,
-        "inception_sha256": _sha256(cfg.inception),
+        "decode_batch_size": sampler.decode_batch_size,
+        "inception_sha256": file_digest(cfg.inception),
         "reference": pathlib.Path(cfg.reference).name,
-        "reference_sha256": _sha256(cfg.reference),
+        "reference_sha256": file_digest(cfg.reference),
         "protocol": cfg.protocol,
     }
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _State:

@@ -18,6 +18,7 @@ from enat_jax.metrics.inception import POOL_FEATURES
 from enat_jax.metrics.moments import Moments
 from enat_jax.metrics.scores import frechet_distance_of_moments
 from enat_jax.sharding import batch_sharding, batch_shards, replicated
+from enat_jax.tokenizers.levels import as_uint8
 
 _PER_ROW = 8  # originals in a row of the picture
 _SMALLEST_ERROR = 1e-10  # a perfect reconstruction has 100 dB
@@ -98,7 +99,7 @@ class HeldOut:
             grid = tuple(side // model.cfg.patch for side in images.shape[1:3])
             made = jnp.clip(model.decode(token_ids, grid), 0.0, 1.0)
             error = jnp.mean(jnp.square(made - pixels), axis=(1, 2, 3))
-            return jnp.round(255 * made).astype(jnp.uint8), error, token_ids
+            return as_uint8(made), error, token_ids
 
         self._look = jax.jit(look, out_shardings=(batch_sharding(mesh), *2 * [replicated(mesh)]))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
+from jaxtyping import Array, Int, PyTree, Shaped, UInt8
 
 from enat_jax.checkpoint import CheckpointError, Checkpoints
 from enat_jax.config import Config, config_from_dict
@@ -29,8 +29,9 @@ from enat_jax.sharding import (
     place,
     replicated,
 )
-from enat_jax.strategy import make_strategy
+from enat_jax.strategy import GenerationStrategy, make_strategy
 from enat_jax.tokenizer import CHECKPOINTS, load_tokenizer
+from enat_jax.tokenizers.levels import as_uint8
 from enat_jax.tokenizers.protocol import Tokenizer
 
 Layers = Literal["auto", "stacked", "unstacked"]
@@ -77,6 +78,7 @@ class Sampler:
             config.tokenizer, config.model.codebook_size, self.mesh
         )
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        self.decode_batch_size = config.sample.decode_batch_size or (1 if on_cpu else 8)
         self._unstacked = layers == "unstacked" or (layers == "auto" and on_cpu)
         graphdef = self.update(params)
         self.generate_batch = jax.jit(
@@ -97,22 +99,33 @@ class Sampler:
         self.params = params
         return graphdef
 
+    def strategy(self, **changes: Any) -> GenerationStrategy:
+        """The config's strategy, step by step, with some fields changed.
+
+        Raises:
+            SampleError: an unknown field or one out of range.
+        """
+        try:
+            return make_strategy(dataclasses.replace(self.config.strategy, **changes))
+        except (TypeError, ValueError) as error:
+            raise SampleError(str(error)) from error
+
     def plan(self, **strategy: Any) -> tuple[Layout, TracedStrategy]:
         """What is compiled and what is traced for the config's strategy with some fields changed.
 
         Raises:
             SampleError: an unknown field or one out of range.
         """
-        cfg = self.config
+        cfg, by_step = self.config, self.strategy(**strategy)
         try:
             return plan_generation(
-                make_strategy(dataclasses.replace(cfg.strategy, **strategy)),
+                by_step,
                 cfg.model.length,
                 lambda plan: step_flops(cfg.model, plan),
                 buckets=cfg.sample.buckets or None,
                 max_padding=cfg.sample.max_padding,
             )
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise SampleError(str(error)) from error
 
     def describe(self, **strategy: Any) -> str:
@@ -212,9 +225,7 @@ class Sampler:
             floats = decode(decoder, ids, grid)
             return as_uint8(floats) if output == "uint8" else floats
 
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        at_once = self.config.sample.decode_batch_size or (1 if on_cpu else 8)
-        return map_in_chunks(images, token_ids, self.mesh, at_once)
+        return map_in_chunks(images, token_ids, self.mesh, self.decode_batch_size)
 
     def _checked(self, class_ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " b"]:
         classes = np.asarray(class_ids)
@@ -227,11 +238,6 @@ class Sampler:
                 f"class ids {wrong} are out of range: 0 to {limit - 1}, or {limit} for any class"
             )
         return classes.astype(np.int32)
-
-
-def as_uint8(images: Float[Array, "b y x c"]) -> UInt8[Array, "b y x c"]:
-    """Images in [0, 1], clipped, as the nearest of 256 levels."""
-    return jnp.floor(jnp.clip(images, 0.0, 1.0) * 255.0 + 0.5).astype(jnp.uint8)
 
 
 def _generate_batch(

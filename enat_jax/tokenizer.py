@@ -1,7 +1,6 @@
 """The tokenizer that a config names, with its weights, ready for use inside a compiled program."""
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 from dataclasses import dataclass, field
@@ -9,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32
@@ -17,6 +15,7 @@ from jaxtyping import Array, Float, Int, Int32
 from enat_jax.checkpoint import CheckpointError, Checkpoints
 from enat_jax.config import TokenizerConfig
 from enat_jax.config_file import ConfigError, make_config
+from enat_jax.digests import weights_digest
 from enat_jax.sharding import replicated
 from enat_jax.tokenizers.pixels import Pixels
 from enat_jax.tokenizers.protocol import Tokenizer
@@ -145,14 +144,3 @@ def load_vqgan(
     found = checkpoints.restore({"ema": target})
     assert found is not None  # its metadata were there
     return cfg, found[1]["ema"]
-
-
-def weights_digest(params: nnx.State) -> str:
-    """SHA-256 of parameters: their paths, shapes and float32 values, in the order of the paths."""
-    digest = hashlib.sha256()
-    named = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(params)}
-    for name in sorted(named):
-        array = np.asarray(named[name], np.float32)
-        digest.update(f"{name} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

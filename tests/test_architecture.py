@@ -17,7 +17,7 @@ LEVELS = [
     {"errors", "compilation_cache", "plans", "strategy", "losses", "crops", "metrics.scores"},
     {"models", "tokenizers", "metrics", "images", "record_plan", "records", "prepared",
      "digits.builder", "photos.builder", "data", "image_source", "checkpoint", "metric_log",
-     "sharding", "optim", "config_file"},
+     "sharding", "optim", "config_file", "digests"},
     {"generate", "training_step", "tokenizer_step", "read_ahead", "image_batches", "features"},
     {"config", "tokenizer_config"},
     {"tokenizer"},

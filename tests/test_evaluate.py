@@ -14,6 +14,7 @@ from enat_jax.metrics.inception import Features, Inception
 from enat_jax.metrics.reference import Reference
 from enat_jax.metrics.scores import frechet_distance_of_moments, inception_score
 from enat_jax.sample import restore, sampler_of
+from enat_jax.strategy import StrategyConfig, make_strategy, write_strategy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -144,6 +145,37 @@ def test_an_unfinished_evaluation_of_something_else_is_named(trained, small, mon
         evaluate(restored(trained, small, *options), small / "a.json", say=lambda _: None)
     with pytest.raises(UserError, match=r"another evaluation \(seed = 1, there 0\): remove it"):
         evaluate(restored(trained, small, *options), small / "a.json", seed=1, say=lambda _: None)
+
+
+def test_images_are_not_lost_where_their_scores_cannot_be_had(trained, small, monkeypatch):
+    whole = evaluate(restored(trained, small), small / "a.json", say=lambda _: None)
+    scores = job.Collected.scores
+
+    def failing(self, reference):
+        raise Stopped
+
+    monkeypatch.setattr(job.Collected, "scores", failing)
+    with pytest.raises(Stopped):
+        evaluate(restored(trained, small), small / "b.json", say=lambda _: None)
+    monkeypatch.setattr(job.Collected, "scores", scores)
+    monkeypatch.setattr(job.Sampler, "batches", None)  # no image is made again
+    assert evaluate(restored(trained, small), small / "b.json", say=lambda _: None) == whole
+
+
+def test_each_protocol_sees_its_own_images(trained, small, monkeypatch):
+    whole = evaluate(restored(trained, small), small / "a.json", say=lambda _: None)["scores"]
+    monkeypatch.setattr(job, "as_uint8", lambda images: (images > 0.5).astype(jnp.uint8) * 255)
+    found = evaluate(restored(trained, small), small / "b.json", say=lambda _: None)["scores"]
+    assert found["floats"] == whole["floats"]
+    assert abs(found["uint8"]["fid"] - whole["uint8"]["fid"]) > 1e-3
+
+
+def test_what_a_strategy_file_says_is_written_down(trained, small, tmp_path):
+    file = tmp_path / "strategy.yaml"
+    write_strategy(make_strategy(StrategyConfig(steps=2, guidance_scale=3.0)), file)
+    own = (f"strategy.file={file}", "strategy.rule=file")
+    result = evaluate(restored(trained, small, *own), small / "a.json", say=lambda _: None)
+    assert result["strategy_by_step"]["guidance_scale"] == [0.0, 1.5]
 
 
 def test_few_images_are_warned_of_with_the_number(trained, small):

@@ -10,7 +10,8 @@ from enat_jax.checkpoint import CheckpointError
 from enat_jax.config import override_config
 from enat_jax.config_file import ConfigError
 from enat_jax.models.enat import ENAT
-from enat_jax.sample import SampleError, Sampler, as_uint8
+from enat_jax.sample import SampleError, Sampler
+from enat_jax.tokenizers.levels import as_uint8
 from enat_jax.tokenizers.pixels import Pixels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -170,6 +170,23 @@ def test_a_model_built_without_a_mesh_is_left_alone():
     assert (constrain(x) == x).all()
 
 
+def on_eight_devices(script, **environment):
+    """Runs a script, which must end well, in a process of eight devices."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={
+            "PYTHONPATH": ".",
+            "PATH": "",
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            **environment,
+        },
+    )
+    assert done.returncode == 0, done.stderr
+
+
 EIGHT_DEVICES = """
 import dataclasses, jax, numpy as np
 from enat_jax.config import load_config
@@ -203,19 +220,7 @@ np.testing.assert_allclose(one, eight, rtol=1e-5)
 
 @pytest.mark.slow
 def test_eight_devices_take_the_same_steps_as_one():
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        capture_output=True,
-        text=True,
-        env={
-            "PYTHONPATH": ".",
-            "PATH": "",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
-    )
-    assert done.returncode == 0, done.stderr
+    on_eight_devices(EIGHT_DEVICES, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
 
 
 CHUNKS = """
@@ -241,15 +246,4 @@ for shape, at_once in ((dict(data=8), 2), (dict(data=2, fsdp=2, tensor=2), 4)):
 
 
 def test_chunks_take_some_of_every_device_and_nothing_moves_between_devices():
-    done = subprocess.run(
-        [sys.executable, "-c", CHUNKS],
-        capture_output=True,
-        text=True,
-        env={
-            "PYTHONPATH": ".",
-            "PATH": "",
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
-    )
-    assert done.returncode == 0, done.stderr
+    on_eight_devices(CHUNKS)

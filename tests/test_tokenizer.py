@@ -9,8 +9,9 @@ from flax import nnx
 from enat_jax.checkpoint import CheckpointError, Checkpoints
 from enat_jax.config import TokenizerConfig
 from enat_jax.config_file import ConfigError
+from enat_jax.digests import weights_digest
 from enat_jax.sharding import MeshConfig, make_mesh
-from enat_jax.tokenizer import abstract_vqgan, load_tokenizer, load_vqgan, weights_digest
+from enat_jax.tokenizer import abstract_vqgan, load_tokenizer, load_vqgan
 from enat_jax.tokenizers.pixels import Pixels
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 

@@ -1,6 +1,5 @@
 """The rule table of FID's published Inception weights."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 
@@ -9,6 +8,7 @@ from flax import nnx
 
 from enat_jax.convert.apply import ConvertError, Rule, apply_rules, transpose
 from enat_jax.convert.torch_file import read_weights
+from enat_jax.digests import file_digest
 from enat_jax.metrics.inception import Inception
 
 DIGEST = "6726825d"  # of pt_inception-2015-12-05, as its file name ends
@@ -124,8 +124,7 @@ def load_inception(
         UserError: a file that cannot be read, of another digest, or with tensors that do not fit.
     """
     try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_digest(path)
     except OSError as error:
         raise ConvertError(f"{path}: {error.strerror or error}") from error
     if not found.startswith(digest.lower()):

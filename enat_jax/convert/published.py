@@ -1,7 +1,6 @@
 """Turns published weights into a checkpoint that `sample` and `train` understand."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -22,6 +21,7 @@ from enat_jax.convert.torch_file import read_weights
 from enat_jax.convert.torch_pickle import WeightFileError
 from enat_jax.convert.verify import Comparison, verify
 from enat_jax.convert.verify_images import verify_inception, verify_vqgan
+from enat_jax.digests import file_digest
 from enat_jax.metrics.inception import Inception
 from enat_jax.models.enat import ENAT
 from enat_jax.sample import abstract_params
@@ -209,13 +209,11 @@ def write_vqgan(
         UserError: `out` holds checkpoints already, or cannot be written.
         OSError: the source is gone.
     """
-    with open(source, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     metadata = {
         "kind": "vqgan",
         "vqgan": dataclasses.asdict(cfg),
         "source": pathlib.Path(source).name,
-        "source_sha256": digest,
+        "source_sha256": file_digest(source),
     }
     _write(out, params, metadata)
 
