@@ -10,6 +10,7 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+from einops import rearrange
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -112,7 +113,12 @@ def torch_arrays(tree, cfg=None):
         leaf = np.asarray(leaves[rule.target])
         parts = [leaf] if isinstance(rule.source, str) else leaf
         for name, part in zip(rule.names, parts, strict=True):
-            arrays[name] = rule.transform(part)  # its own inverse, but for lost axes
+            if "key_value" in rule.target:
+                arrays[name] = rearrange(
+                    part, "i k o -> (k o) i" if part.ndim == 3 else "k o -> (k o)"
+                )
+            else:
+                arrays[name] = rule.transform(part)  # its own inverse, but for lost axes
     return arrays
 
 

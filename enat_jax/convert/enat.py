@@ -6,9 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 
 from enat_jax.convert.apply import ConvertError, Rule, flatten, transpose
 from enat_jax.models.enat import ENATConfig
+
+
+def key_value_kernel(x: np.ndarray) -> np.ndarray:
+    """A linear's `(key and value, in)` weight as our `(in, 2, out)` kernel."""
+    return rearrange(x, "(k o) i -> i k o", k=2)
+
+
+def key_value_bias(x: np.ndarray) -> np.ndarray:
+    """Its bias, `(2, out)`."""
+    return rearrange(x, "(k o) -> k o", k=2)
+
 
 # PyTorch name, our path, what happens to the tensor
 TABLE = [
@@ -38,10 +50,10 @@ BLOCK_TABLE = [
     ("adaLN_modulation.1.bias", "modulation.bias", None),
     ("attn.q.weight", "attention.query.kernel", transpose),
     ("attn.q.bias", "attention.query.bias", None),
-    ("attn.kv.A.weight", "attention.context_key_value.kernel", transpose),
-    ("attn.kv.A.bias", "attention.context_key_value.bias", None),
-    ("attn.kv.B.weight", "attention.own_key_value.kernel", transpose),
-    ("attn.kv.B.bias", "attention.own_key_value.bias", None),
+    ("attn.kv.A.weight", "attention.context_key_value.kernel", key_value_kernel),
+    ("attn.kv.A.bias", "attention.context_key_value.bias", key_value_bias),
+    ("attn.kv.B.weight", "attention.own_key_value.kernel", key_value_kernel),
+    ("attn.kv.B.bias", "attention.own_key_value.bias", key_value_bias),
     ("attn.proj.weight", "attention.out.kernel", transpose),
     ("attn.proj.bias", "attention.out.bias", None),
     ("mlp.fc1.weight", "mlp.up.kernel", transpose),

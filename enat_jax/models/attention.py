@@ -85,8 +85,9 @@ class SelfCrossAttention(nnx.Module):
         self.num_heads = num_heads
         self.implementation: Implementation = implementation
         self.query = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.context_key_value = Linear(width, 2 * width, dtype=dtype, rngs=rngs)
-        self.own_key_value = Linear(width, 2 * width, dtype=dtype, rngs=rngs)
+        # keys and values on an axis of their own, so that devices can share out the heads
+        self.context_key_value = Linear(width, (2, width), dtype=dtype, rngs=rngs)
+        self.own_key_value = Linear(width, (2, width), dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -115,8 +116,8 @@ class SelfCrossAttention(nnx.Module):
         keys: list[list[Array]] = [[] for _ in own_counts]
         values: list[list[Array]] = [[] for _ in own_counts]
         for key_value, blocks in sources:
-            for parts, whole in zip((keys, values), jnp.split(key_value, 2, axis=-1), strict=True):
-                for image, found in enumerate(split_images(self._heads(whole), blocks)):
+            for parts, whole in zip((keys, values), jnp.split(key_value, 2, axis=2), strict=True):
+                for image, found in enumerate(split_images(self._heads(whole[:, :, 0]), blocks)):
                     parts[image] += found
         queries = split_images(self._heads(self.query(own)), [own_counts])
         out = [

@@ -48,11 +48,11 @@ class Block(nnx.Module):
         """Updates own tokens; `context` is already normalised, for it is the same in all blocks."""
         own_part, context_part = _by_reader(modulation)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(
-            spread_over_tokens(own_part, [own_counts]), 6, axis=-1
+            spread_over_tokens(own_part, [own_counts]).astype(jnp.float32), 6, axis=-1
         )
         if context is not None:
             context_shift, context_scale = jnp.split(
-                spread_over_tokens(context_part, context_blocks), 2, axis=-1
+                spread_over_tokens(context_part, context_blocks).astype(jnp.float32), 2, axis=-1
             )
             context = context * (1 + context_scale) + context_shift
         y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + scale) + shift
@@ -68,7 +68,7 @@ def _by_reader(
     modulation: Float[Array, "b g k"],
 ) -> tuple[Float[Array, "b g own"], Float[Array, "b g context"]]:
     """Splits adaLN's eight vectors into the six of own tokens and the two of context tokens."""
-    vectors = rearrange(modulation.astype(jnp.float32), "b g (r d) -> b g r d", r=8)
+    vectors = rearrange(modulation, "b g (r d) -> b g r d", r=8)
     own = vectors[:, :, np.array([0, 1, 4, 5, 6, 7])]  # shift, scale, gate, and the MLP's
     context = vectors[:, :, 2:4]  # shift, scale
     return rearrange(own, "b g r d -> b g (r d)"), rearrange(context, "b g r d -> b g (r d)")
@@ -79,12 +79,13 @@ def spread_over_tokens(
 ) -> Float[Array, "b n k"]:
     """Repeats each image's vector over that image's tokens, block after block.
 
-    A product with a one-hot matrix: on CPU a concatenation of broadcasts inside an elementwise
-    loop is several times slower, and this stays dense in the backward pass too.
+    A product with a one-hot matrix, exact in any type: on CPU a concatenation of broadcasts inside
+    an elementwise loop is several times slower, and this stays dense in the backward pass too.
     """
     if len(blocks[0]) == 1:
         return values
     image = np.repeat(np.tile(np.arange(len(blocks[0])), len(blocks)), np.concatenate(blocks))
-    one_hot = np.eye(len(blocks[0]), dtype=np.float32)[image]
+    one_hot = jnp.asarray(np.eye(len(blocks[0]))[image], values.dtype)
     one_hot = jnp.broadcast_to(one_hot, (values.shape[0], *one_hot.shape))
-    return jnp.einsum("bng,bgk->bnk", one_hot, values, precision=jax.lax.Precision.HIGHEST)
+    exactly = jax.lax.Precision.HIGHEST if values.dtype == jnp.float32 else None
+    return jnp.einsum("bng,bgk->bnk", one_hot, values, precision=exactly)

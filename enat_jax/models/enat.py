@@ -12,16 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from enat_jax.models.attention import Implementation
 from enat_jax.models.block import BLOCK_EPSILON, Block
 from enat_jax.models.head import Head
-from enat_jax.models.layers import (
-    EMBEDDING_STD,
-    LayerNorm,
-    Mlp,
-    TokenEmbedding,
-    dropout,
-    layer_norm,
-)
+from enat_jax.models.layers import EMBEDDING_STD, TokenEmbedding, dropout, layer_norm
+from enat_jax.models.reuse import ReuseProjection
 from enat_jax.models.stack import Remat, make_stack, map_stack, run_stack, unstack
 from enat_jax.plans import Plan
+
+Constrain = Callable[[Array, Literal["rows", "columns", "whole"]], Array]
 
 
 @dataclass(frozen=True)
@@ -88,18 +84,6 @@ class Features(NamedTuple):
     masked: Float[Array, "b m d"]
 
 
-class ReuseProjection(nnx.Module):
-    """`f(z) = z + MLP(LN(z))`, which carries features from one step to the next (section 4.2)."""
-
-    def __init__(self, cfg: ENATConfig, *, rngs: nnx.Rngs):
-        self.norm = LayerNorm(cfg.width, epsilon=BLOCK_EPSILON)
-        self.mlp = Mlp(cfg.width, cfg.mlp_ratio, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
-
-    def __call__(self, features: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
-        """Projects features of previous tokens."""
-        return (features + self.mlp(self.norm(features))).astype(features.dtype)
-
-
 class ENAT(nnx.Module):
     """The network of ENAT (NeurIPS 2024), on rows that pack several images.
 
@@ -109,7 +93,10 @@ class ENAT(nnx.Module):
     Args:
         cfg: sizes.
         rngs: keys of the initialisation.
-        constrain: applied to activations after every block; placement rules go in here.
+        constrain: applied to activations; placement rules go in here. It is told how they are to
+            lie: by `rows` after every block; `whole` and by `columns` around adaLN's layers, whose
+            weights are more than a third of all and serve one vector per image.
+        place_block: applied to every block where its weights are used, for the same purpose.
     """
 
     def __init__(
@@ -117,15 +104,18 @@ class ENAT(nnx.Module):
         cfg: ENATConfig,
         *,
         rngs: nnx.Rngs,
-        constrain: Callable[[Array], Array] = lambda x: x,
+        constrain: Constrain = lambda x, how: x,
+        place_block: Callable[[Any], Any] = lambda block: block,
     ):
         self.cfg = cfg
-        self.constrain = constrain
+        self.constrain, self.place_block = constrain, place_block
         self.embedding = TokenEmbedding(cfg.codebook_size + 1, cfg.length, cfg.width, rngs=rngs)
         self.class_embedding = nnx.Param(
             EMBEDDING_STD * jax.random.normal(rngs.params(), (cfg.num_classes + 1, cfg.width))
         )
-        self.reuse_projection = ReuseProjection(cfg, rngs=rngs)
+        self.reuse_projection = ReuseProjection(
+            cfg.width, cfg.mlp_ratio, dtype=jnp.dtype(cfg.dtype), rngs=rngs
+        )
 
         def block(rngs: nnx.Rngs) -> Block:
             return Block(
@@ -143,11 +133,14 @@ class ENAT(nnx.Module):
 
     def modulate(self, class_ids: Int[Array, "b g"]) -> Modulation:
         """AdaLN's vectors of all blocks; they depend on the class alone."""
-        c = jax.nn.silu(self.class_embedding[...][class_ids])
-        return Modulation(
-            encoder=map_stack(self.encoder, lambda block: block.modulation(c)),
-            decoder=map_stack(self.decoder, lambda block: block.modulation(c)),
-        )
+        c = self.constrain(jax.nn.silu(self.class_embedding[...][class_ids]), "whole")
+
+        def vectors(blocks: Any) -> Any:
+            made = map_stack(blocks, lambda block: block.modulation(c))
+            by_columns = jax.tree.map(lambda x: self.constrain(x, "columns"), made)
+            return jax.tree.map(lambda x: self.constrain(x, "rows"), by_columns)
+
+        return Modulation(vectors(self.encoder), vectors(self.decoder))
 
     def embed(
         self,
@@ -193,10 +186,12 @@ class ENAT(nnx.Module):
                 context_blocks=context_blocks,
                 valid=valid,
             )
-            return self.constrain(x)
+            return self.constrain(x, "rows")
 
         x = self.embed(token_ids, positions, key)
-        return run_stack(self.encoder, x, modulation.encoder, apply, remat=self.cfg.remat)
+        return run_stack(
+            self.encoder, x, modulation.encoder, apply, self.place_block, remat=self.cfg.remat
+        )
 
     def decode(
         self,
@@ -230,10 +225,12 @@ class ENAT(nnx.Module):
                 context_blocks=context_blocks,
                 valid=valid,
             )
-            return self.constrain(x)
+            return self.constrain(x, "rows")
 
         x = self.embed(self.cfg.mask_id, positions, key)
-        return run_stack(self.decoder, x, modulation.decoder, apply, remat=self.cfg.remat)
+        return run_stack(
+            self.decoder, x, modulation.decoder, apply, self.place_block, remat=self.cfg.remat
+        )
 
     def __call__(
         self,

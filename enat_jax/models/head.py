@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from enat_jax.models.layers import LayerNorm, Linear
+from enat_jax.models.layers import LayerNorm, Linear, product
 
 EPSILON = 1e-5  # of the norms after the last block
 
@@ -25,9 +25,6 @@ class Head(nnx.Module):
     ) -> Float[Array, "b m v"]:
         """Logits over the codebook, float32, the mask token's column left out."""
         x = jax.nn.gelu(self.linear(self.norm_in(x)).astype(jnp.float32), approximate=False)
-        logits = jnp.matmul(
-            self.norm_out(x).astype(self.dtype),
-            jax.lax.stop_gradient(word[:-1]).astype(self.dtype).T,
-            preferred_element_type=jnp.float32,
-        )
+        codes = jax.lax.stop_gradient(word[:-1]).astype(self.dtype)
+        logits = product(self.norm_out(x).astype(self.dtype), codes.T)
         return logits + self.bias[...][:-1]

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from enat_jax.models.layers import LINEAR
+
 Remat = Literal["none", "block", "dots"]
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -22,6 +24,7 @@ def run_stack(
     x: Array,
     per_block: Any,
     apply: Callable[[Any, Array, Any], Array],
+    place_block: Callable[[Any], Any] = lambda block: block,
     *,
     remat: Remat = "none",
 ) -> Array:
@@ -33,18 +36,27 @@ def run_stack(
         x: what the first block reads.
         per_block: what `map_stack` returned for these blocks.
         apply: one block.
-        remat: what the backward pass recomputes: nothing, whole blocks, or all but matrix products.
+        place_block: applied to a block first; placement rules go in here.
+        remat: what the backward pass recomputes: nothing, whole blocks, or all but what
+            linear layers return.
     """
-    policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    if remat != "none":
-        apply = jax.checkpoint(apply, policy=policies[remat])
+    policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR)}
+
+    def placed(block: Any, x: Array, inputs: Any) -> Array:
+        return apply(place_block(block), x, inputs)
+
+    # Placing is done again in the backward pass, too: weights are kept as they lie in the stack.
+    run = placed if remat == "none" else jax.checkpoint(placed, policy=policies[remat])
     if isinstance(blocks, nnx.List):
         for block, inputs in zip(blocks, per_block, strict=True):
-            x = apply(block, x, inputs)
+            x = run(block, x, inputs)
         return x
     inputs = jnp.moveaxis(per_block, 1, 0)
-    x, _ = jax.lax.scan(lambda x, item: (apply(item[0], x, item[1]), None), x, (blocks, inputs))
-    return x
+
+    def body(x: Array, item: tuple[Any, Any]) -> tuple[Array, None]:
+        return run(item[0], x, item[1]), None
+
+    return jax.lax.scan(body, x, (blocks, inputs))[0]
 
 
 def map_stack(blocks: Any, apply: Callable[[Any], Array]) -> Any:

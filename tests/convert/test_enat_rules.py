@@ -3,12 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import enat_from, golden_enat_config
+from einops import rearrange
 from flax import nnx
 
 from enat_jax.convert.apply import ConvertError, apply_rules
 from enat_jax.convert.enat import grid_of, never_read, rules, sizes_from_weights
+from enat_jax.generation_program import abstract_params
 from enat_jax.models.enat import ENATConfig
-from enat_jax.sample import abstract_params
 
 
 @pytest.fixture
@@ -49,10 +50,12 @@ def test_the_first_blocks_are_the_encoder_and_the_others_the_decoder(enat, weigh
 
 def test_b_is_the_tokens_own_projection_and_a_the_contexts(enat, weights):
     np.testing.assert_array_equal(
-        enat.encoder.attention.own_key_value.kernel[...][1], weights["blocks.1.attn.kv.B.weight"].T
+        rearrange(enat.encoder.attention.own_key_value.kernel[...][1], "i k o -> i (k o)"),
+        weights["blocks.1.attn.kv.B.weight"].T,
     )
     np.testing.assert_array_equal(
-        enat.encoder.attention.context_key_value.bias[...][1], weights["blocks.1.attn.kv.A.bias"]
+        enat.encoder.attention.context_key_value.bias[...][1].reshape(-1),
+        weights["blocks.1.attn.kv.A.bias"],
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import enat_from
+from einops import rearrange
 from flax import nnx
 
 from enat_jax.config import load_config
@@ -143,7 +144,7 @@ def block_part(block, part, name, arrays):
         return attention.query(own)
     if part == "attn.kv":
         both = [attention.context_key_value(context), attention.own_key_value(own)]
-        return jnp.concatenate(both, axis=1)
+        return rearrange(jnp.concatenate(both, axis=1), "b n k d -> b n (k d)")
     assert part in ("attn", "attn.proj")
     return attention(
         own,
