@@ -11,6 +11,7 @@ from jaxtyping import Int32, UInt16
 
 from enat_jax.prepared import DataError, prepared_builder, quiet
 from enat_jax.record_plan import MAX_CODEBOOK_SIZE
+from enat_jax.stream import Share, own_part, shuffled
 
 Columns = tuple[UInt16[np.ndarray, "b n"], Int32[np.ndarray, " b"]]
 
@@ -71,43 +72,27 @@ def record_info(cfg: DataConfig) -> RecordInfo:
     return _checked_info(_prepared_builder(cfg), cfg)
 
 
-def training_batches(
-    cfg: DataConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator:
-    """An endless stream of shuffled batches, this process's part of it.
+def training_batches(cfg: DataConfig, share: Share, *, seed: int) -> grain.DatasetIterator:
+    """An endless stream of shuffled batches, this host's part of it.
 
-    All processes walk one stream of records together: epoch after epoch, each shuffled anew, of
-    which process `p` of `q` takes records `p, p + q, p + 2q, ...`. Hence every epoch's records are
-    seen once each, by exactly one process, also where they do not divide evenly; and step `s`
-    holds the same records on any number of processes with the same `batch_size * process_count`.
-    The iterator's state is the number of batches taken; it resumes bit for bit, also as an Orbax
-    checkpointable.
+    All hosts walk one stream of records together: epoch after epoch, each shuffled anew. Hence
+    every epoch's records are seen once each, by exactly one host, also where they do not divide
+    evenly, and a step holds the same records in the same rows on any number of hosts.
 
     Args:
         cfg: The records.
-        batch_size: Images per batch in this process; may exceed the number of records.
+        share: Which of them, from where on; a batch may exceed the number of records.
         seed: Decides the order, in [0, 2**32).
-        process_index: This process, in [0, process_count).
-        process_count: Number of processes that share the stream.
 
     Returns:
-        An iterator of `{"token_ids": int32 [batch_size, n], "class_ids": int32 [batch_size]}` in
-        NumPy arrays.
+        An iterator of `{"token_ids": int32 [b, n], "class_ids": int32 [b]}` in NumPy arrays, of
+        the share's own rows.
 
     Raises:
         DataError: as in `record_info`, and for records that cannot be read, or whose length,
             token ids or labels contradict the metadata: here with `cfg.cache`, else on reading.
-        ValueError: `batch_size`, `seed` or `process_index` out of range.
+        ValueError: `seed` out of range.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}, must be at least 1")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index = {process_index}, must lie in [0, {process_count})")
     builder = _prepared_builder(cfg)
     info = _checked_info(builder, cfg)
     with quiet():
@@ -130,10 +115,8 @@ def training_batches(
         return {"token_ids": token_ids.astype(np.int32), "class_ids": class_ids}
 
     # Only integers go through the pipeline record by record; a batch is gathered at once.
-    stream = grain.MapDataset.range(info.num_records).seed(seed).shuffle().repeat()
-    batches = stream[process_index::process_count].batch(
-        batch_size, drop_remainder=True, batch_fn=batch
-    )
+    numbers = own_part(shuffled(info.num_records, seed), share)
+    batches = numbers.batch(len(share.own_rows), drop_remainder=True, batch_fn=batch)
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, cfg.prefetch_batches)
     )

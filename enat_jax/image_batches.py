@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from enat_jax.image_source import ImageError, ImageSource, UnreadableImage
+from enat_jax.stream import Share, own_part, shuffled
 
 _PREFETCH = 8  # images per thread read ahead of their use
 
@@ -76,35 +77,24 @@ class Reader:
 
 
 def image_batches(
-    reader: Reader,
-    num_images: int,
-    *,
-    batch_size: int,
-    seed: int,
-    threads: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    reader: Reader, num_images: int, share: Share, *, seed: int, threads: int
 ) -> grain.DatasetIterator:
-    """An endless stream of shuffled batches, this process's part of it.
+    """An endless stream of shuffled batches, this host's part of it.
 
-    All processes walk one stream of images together, epoch after epoch, each shuffled anew, of
-    which process `p` of `q` takes images `p, p + q, p + 2q, ...`. The iterator's state is how many
-    it took; it resumes bit for bit, also as an Orbax checkpointable.
+    All hosts walk one stream of images together, epoch after epoch, each shuffled anew; a step
+    holds the same images, cropped alike, in the same rows on any number of hosts.
 
     Args:
         reader: reads one image.
         num_images: how many there are.
-        batch_size: images per batch in this process.
+        share: which of them, from where on.
         seed: decides order, crops and mirroring; in [0, 2**32).
         threads: that read.
-        process_index: this process, in [0, process_count).
-        process_count: number of processes that share the stream.
 
     Returns:
-        An iterator of uint8 `[batch_size, size, size, 3]`.
+        An iterator of uint8 `[b, size, size, 3]`, of the share's own rows.
     """
-    stream = grain.MapDataset.range(num_images).seed(seed).shuffle().repeat()
-    images = stream.random_map(reader)[process_index::process_count]
+    images = own_part(shuffled(num_images, seed).random_map(reader), share)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * _PREFETCH)
-    batches = images.batch(batch_size, drop_remainder=True)
+    batches = images.batch(len(share.own_rows), drop_remainder=True)
     return iter(batches.to_iter_dataset(options))

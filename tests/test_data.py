@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from orbax.checkpoint import v1 as ocp
 
 from enat_jax.data import DataConfig, DataError, RecordInfo, record_info, training_batches
 from enat_jax.digits.builder import Digits
+from enat_jax.stream import Share
 
 METADATA = {"tokenizer": "pixels", "codebook_size": 100, "grid": [2, 3], "num_classes": 4}
 
@@ -107,7 +107,7 @@ def test_the_digits_are_prepared_on_first_use_in_silence(tmp_path, capfd):
 @pytest.mark.parametrize("cache", [True, False])
 def test_an_epoch_is_the_data_set(digits, cache):
     cfg = replace(digits, cache=cache)
-    batches = take(training_batches(cfg, batch_size=599, seed=0), 3)
+    batches = take(training_batches(cfg, Share(599), seed=0), 3)
     assert {batch["token_ids"].dtype for batch in batches} == {np.dtype(np.int32)}
     assert {batch["class_ids"].dtype for batch in batches} == {np.dtype(np.int32)}
     found = sorted(
@@ -119,35 +119,33 @@ def test_an_epoch_is_the_data_set(digits, cache):
     assert found == sorted((record["label"], record["tokens"].tolist()) for record in source)
 
 
-def test_each_record_is_seen_once_per_epoch_by_exactly_one_process(write):
-    cfg = write(10)
-    parts = [
-        take(training_batches(cfg, batch_size=2, seed=0, process_index=p, process_count=3), 5)
-        for p in range(3)
-    ]
-    # 5 steps of 3 processes of 2 records are 3 epochs of 10; rows of the processes alternate.
-    seen = np.array([[batch["token_ids"][:, 0] for batch in part] for part in parts])
-    epochs = seen.transpose(1, 2, 0).reshape(3, 10)
+def test_each_record_is_seen_once_per_epoch_by_exactly_one_host(write):
+    cfg, rows = write(10), ([0, 1, 5], [2], [3, 4])
+    parts = [take(training_batches(cfg, Share(6, np.array(own)), seed=0), 5) for own in rows]
+    # 5 steps of 6 records are 3 epochs of 10
+    steps = np.empty((5, 6), int)
+    for part, own in zip(parts, rows, strict=True):
+        for step, batch in enumerate(part):
+            steps[step, own] = batch["token_ids"][:, 0]
+    epochs = steps.reshape(3, 10)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(10), (3, 1)))
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
 
 
-def test_a_step_holds_the_same_records_on_any_number_of_processes(write):
+def test_a_step_holds_the_same_records_in_the_same_rows_on_any_number_of_hosts(write):
     cfg = write(10)
-    alone = take(training_batches(cfg, batch_size=4, seed=0), 6)
-    parts = [
-        take(training_batches(cfg, batch_size=2, seed=0, process_index=p, process_count=2), 6)
-        for p in range(2)
-    ]
+    alone = take(training_batches(cfg, Share(4), seed=0), 6)
+    rows = np.array([0, 1]), np.array([2, 3])
+    parts = [take(training_batches(cfg, Share(4, own), seed=0), 6) for own in rows]
     for whole, *halves in zip(alone, *parts, strict=True):
-        rows = np.concatenate([half["token_ids"] for half in halves])
-        assert sorted(rows[:, 0]) == sorted(whole["token_ids"][:, 0])
+        together = np.concatenate([half["token_ids"] for half in halves])
+        np.testing.assert_array_equal(together, whole["token_ids"])
 
 
 def test_the_seed_decides_the_order(write):
     cfg = write(10)
     orders = [
-        tuple(next(training_batches(cfg, batch_size=10, seed=seed))["token_ids"][:, 0].tolist())
+        tuple(next(training_batches(cfg, Share(10), seed=seed))["token_ids"][:, 0].tolist())
         for seed in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]
@@ -155,38 +153,30 @@ def test_the_seed_decides_the_order(write):
 
 
 def test_reading_lazily_gives_the_same_batches(digits):
-    cached = training_batches(digits, batch_size=100, seed=3)
-    lazy = training_batches(replace(digits, cache=False), batch_size=100, seed=3)
+    cached = training_batches(digits, Share(100), seed=3)
+    lazy = training_batches(replace(digits, cache=False), Share(100), seed=3)
     assert_same(take(lazy, 20), take(cached, 20))
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_restored_iterator_continues_bit_for_bit(digits, cache):
+def test_the_stream_goes_on_from_any_record(digits, cache):
     cfg = replace(digits, cache=cache)
-    batches = training_batches(cfg, batch_size=500, seed=0)
-    take(batches, 3)
-    state = batches.get_state()
-    expected = take(batches, 4)  # into the second epoch
-    restored = training_batches(cfg, batch_size=500, seed=0)
-    next(restored)
-    restored.set_state(state)
-    assert_same(take(restored, 4), expected)
+    expected = take(training_batches(cfg, Share(500), seed=0), 7)[3:]  # into the second epoch
+    assert_same(take(training_batches(cfg, Share(500, first=1500), seed=0), 4), expected)
 
 
-def test_the_iterator_is_an_orbax_checkpointable(write, tmp_path):
+def test_another_batch_size_goes_on_in_the_middle_of_an_epoch(write):
     cfg = write(10)
-    batches = training_batches(cfg, batch_size=4, seed=0)
-    take(batches, 4)
-    ocp.save_checkpointables(tmp_path / "checkpoint", {"data": batches})
-    expected = take(batches, 3)
-    restored = training_batches(cfg, batch_size=4, seed=0)
-    ocp.load_checkpointables(tmp_path / "checkpoint", {"data": restored})
-    assert_same(take(restored, 3), expected)
+    whole = next(training_batches(cfg, Share(20), seed=0))["token_ids"][:, 0]
+    first = take(training_batches(cfg, Share(4), seed=0), 2)
+    rest = take(training_batches(cfg, Share(3, first=8), seed=0), 4)
+    seen = np.concatenate([batch["token_ids"][:, 0] for batch in first + rest])
+    np.testing.assert_array_equal(seen, whole)
 
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_batch_may_be_larger_than_the_data_set(write, cache):
-    batch = next(training_batches(write(3, cache=cache), batch_size=7, seed=0))
+    batch = next(training_batches(write(3, cache=cache), Share(7), seed=0))
     assert batch["token_ids"].shape == (7, 6)
     assert sorted(np.bincount(batch["token_ids"][:, 0])) == [2, 2, 3]
 
@@ -194,7 +184,7 @@ def test_a_batch_may_be_larger_than_the_data_set(write, cache):
 def test_an_empty_split_is_refused(write):
     cfg = write(10, split="train[:0]")
     with pytest.raises(DataError, match=r"split 'train\[:0\]'.*the split is empty"):
-        training_batches(cfg, batch_size=1, seed=0)
+        training_batches(cfg, Share(1), seed=0)
 
 
 def test_a_part_of_a_split_is_a_split(write):
@@ -214,22 +204,11 @@ def test_records_that_were_never_prepared_are_refused(tmp_path):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("process_index", [-1, 2])
-def test_a_process_outside_the_count_is_refused(digits, process_index):
-    with pytest.raises(ValueError, match=rf"process_index = {process_index}, must lie in \[0, 2\)"):
-        training_batches(digits, batch_size=1, seed=0, process_index=process_index, process_count=2)
-
-
-def test_a_batch_without_images_is_refused(digits):
-    with pytest.raises(ValueError, match="batch_size = 0, must be at least 1"):
-        training_batches(digits, batch_size=0, seed=0)
-
-
 @pytest.mark.parametrize("cache", [True, False])
 class TestRecordsThatContradictTheirMetadata:
     def refused(self, cfg, message):
         with pytest.raises(DataError, match=message):
-            take(training_batches(cfg, batch_size=5, seed=0), 2)
+            take(training_batches(cfg, Share(5), seed=0), 2)
 
     def test_a_token_id_beyond_the_codebook_is_refused(self, write, cache):
         tokens = np.ones((10, 6), np.uint16)
@@ -308,10 +287,11 @@ def test_tensorflow_is_never_imported(digits, tmp_path):
         f"""
 import sys
 from enat_jax.data import DataConfig, training_batches
+from enat_jax.stream import Share
 for folder in {digits.data_dir!r}, {str(tmp_path)!r}:  # prepared, and to be prepared
     for cache in True, False:
         cfg = DataConfig(data_dir=folder, cache=cache)
-        next(training_batches(cfg, batch_size=2, seed=0))
+        next(training_batches(cfg, Share(2), seed=0))
 assert "tensorflow" not in sys.modules
 """,
         env_path=tmp_path,

@@ -3,6 +3,7 @@ import pytest
 
 from enat_jax.image_batches import Reader, image_batches
 from enat_jax.image_source import ImageError, ImageSource, UnreadableImage
+from enat_jax.stream import Share
 
 
 class Numbers(ImageSource):
@@ -37,7 +38,7 @@ def batches_of(source, *, batch_size=3, said=None, **options):
     limit = options.pop("max_unreadable", 0.5)
     warn = (said if said is not None else []).append
     reader = Reader(source, size=4, random_crops=random_crops, max_unreadable=limit, warn=warn)
-    return image_batches(reader, len(source), batch_size=batch_size, seed=5, threads=2, **options)
+    return image_batches(reader, len(source), Share(batch_size, **options), seed=5, threads=2)
 
 
 def take(batches, count):
@@ -69,21 +70,22 @@ def test_random_crops_are_drawn_by_the_source():
 
 
 def test_the_stream_goes_on_where_it_stopped():
-    batches = batches_of(Numbers(10), random_crops=True)
-    take(batches, 3)
-    position = batches.get_state()
-    expected = take(batches, 5)
-    again = batches_of(Numbers(10), random_crops=True)
-    again.set_state(position)
+    expected = take(batches_of(Numbers(10), random_crops=True), 8)[9:]
+    again = batches_of(Numbers(10), random_crops=True, first=9)
     np.testing.assert_array_equal(take(again, 5), expected)
 
 
-def test_processes_share_every_epoch():
-    whole = take(batches_of(Numbers(8), batch_size=4), 4)
-    parts = [take(batches_of(Numbers(8), batch_size=2, process_index=p, process_count=2), 4)
-             for p in (0, 1)]  # fmt: skip
-    np.testing.assert_array_equal(whole[::2], parts[0])
-    np.testing.assert_array_equal(whole[1::2], parts[1])
+def test_hosts_hold_the_rows_of_one_batch_cropped_alike():
+    whole = take(batches_of(Numbers(8), batch_size=4, random_crops=True), 4)
+    rows = np.array([0, 1]), np.array([2, 3])
+    parts = [take(batches_of(Numbers(8), batch_size=4, random_crops=True, rows=own), 4)
+             for own in rows]  # fmt: skip
+    np.testing.assert_array_equal(
+        whole.reshape(4, 2, 2, 4, 4, 3)[:, 0].reshape(parts[0].shape), parts[0]
+    )
+    np.testing.assert_array_equal(
+        whole.reshape(4, 2, 2, 4, 4, 3)[:, 1].reshape(parts[1].shape), parts[1]
+    )
 
 
 def test_an_unreadable_image_is_named_once_and_the_next_one_taken():
