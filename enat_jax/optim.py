@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
+
+State = TypeVar("State", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,19 @@ def make_optimizer(
 def update_ema(ema: Any, params: Any, decay: float) -> Any:
     """`decay * ema + (1 - decay) * params`, leaf by leaf."""
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+
+
+def skip_unless_finite(before: State, after: State, *values: Array) -> tuple[State, Array]:
+    """A step that is not applied where a value is infinite or not a number; it still counts.
+
+    Args:
+        before: a state with a `step`.
+        after: the state after the step.
+        values: that tell whether the step is sound: losses and gradient norms.
+
+    Returns:
+        The state, and 1.0 where the step was skipped, else 0.0.
+    """
+    sound = jnp.all(jnp.isfinite(jnp.stack(values)))
+    kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
+    return kept._replace(step=after.step), 1.0 - sound.astype(jnp.float32)

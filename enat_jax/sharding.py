@@ -1,22 +1,38 @@
 """Where arrays lie on the devices: the mesh, and placement by path rules."""
 
+import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from jax.sharding import AxisType, Mesh, NamedSharding
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from enat_jax.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+
+Placement = Literal["replicated", "zero1", "zero2", "fsdp"]
+
+# what a placement splits over the axis `fsdp` between steps: names of a training state's parts
+_SPLIT: dict[str, Callable[[str], bool]] = {
+    "replicated": lambda part: False,
+    "zero1": lambda part: part.endswith("opt_state"),
+    "zero2": lambda part: True,
+    "fsdp": lambda part: True,
+}
+
+
+_SPLIT_WEIGHTS = ("zero2", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -25,30 +41,42 @@ class MeshConfig:
 
     Attributes:
         data: copies of the model, each with its share of the batch.
-        fsdp: shares of every large parameter, and of the batch.
+        fsdp: shares of every large parameter, as `placement` says, and of the batch.
         tensor: shares of heads and of the MLP's hidden width.
+        placement: what the axis `fsdp` shares out. `replicated`: nothing. `zero1`: the optimiser's
+            state and the gradients. `zero2`: parameters and their moving average as well, gathered
+            once at the start of a step, in the activations' type. `fsdp`: the same, but gathered
+            layer by layer, each time they are used: the least memory.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    placement: Placement = "zero2"
 
 
-# path of a parameter -> how its last two axes lie on the mesh; the first match counts
+# path of a parameter -> how its last axes lie on the mesh; the first match counts
 RULES = (
-    (r"(query|own_key_value|context_key_value|up|modulation)\.kernel$", ("fsdp", "tensor")),
+    (r"key_value\.kernel$", ("fsdp", None, "tensor")),
+    (r"(query|up)\.kernel$", ("fsdp", "tensor")),
     (r"(out|down)\.kernel$", ("tensor", "fsdp")),
-    (r"linear\.kernel$", ("fsdp", None)),
+    (r"linear\.kernel$", ("fsdp", "tensor")),
+    # never gathered: every device makes some columns of all images' vectors
+    (r"modulation\.kernel$", (None, ("tensor", "fsdp"))),
+    (r"kernel$", ("fsdp",)),  # convolutions, by output channel
     (r"(word|position|class_embedding)$", (None, "fsdp")),  # an odd number of rows: one is extra
     (r"", ()),
 )
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of axes data, fsdp, tensor.
+    """A mesh of axes data, fsdp, tensor, neighbours along an axis near each other.
+
+    Where the devices are several slices (TPUs) or nodes, joined by a slower network, `data` runs
+    across them first, `fsdp` with what is left, `tensor` never.
 
     Raises:
-        UserError: the axes do not fit the number of devices.
+        UserError: the axes do not fit the number of devices or of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
@@ -57,17 +85,48 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
+    asked = f"mesh data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor}"
     if math.prod(sizes) != len(devices):
+        raise UserError(f"{asked} needs {math.prod(sizes)} devices, there are {len(devices)}")
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    across = []  # slices along each axis
+    for size in sizes[:2]:
+        across.append(math.gcd(size, slices // math.prod(across)))
+    if math.prod(across) != slices:
         raise UserError(
-            f"mesh data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor} needs"
-            f" {math.prod(sizes)} devices, there are {len(devices)}"
+            f"{asked}: {slices} slices or nodes must divide data x fsdp, {sizes[0]} x {sizes[1]}"
         )
-    names = ("data", "fsdp", "tensor")
-    return Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * 3)
+    within = [size // more for size, more in zip(sizes, (*across, 1), strict=True)]
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(within, (*across, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=devices[0].platform == "tpu"
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a tree of parameters (or shaped like them), by path rules."""
+def check_heads(mesh: Mesh, num_heads: int) -> None:
+    """Refuses attention heads that the axis `tensor` cannot share.
+
+    Raises:
+        UserError: it does not divide them.
+    """
+    if num_heads % mesh.shape["tensor"]:
+        raise UserError(
+            f"config: mesh.tensor = {mesh.shape['tensor']} must divide model.num_heads ="
+            f" {num_heads}"
+        )
+
+
+def place(tree: Any, mesh: Mesh, *, split: Callable[[str], bool] = lambda name: True) -> Any:
+    """The sharding of every leaf of a tree of parameters (or shaped like them), by path rules.
+
+    Args:
+        tree: arrays or their shapes.
+        mesh: the devices.
+        split: by a leaf's name, whether the axis `fsdp` shares it out.
+    """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         name = (
@@ -75,17 +134,99 @@ def place(tree: Any, mesh: Mesh) -> Any:
             .removesuffix(".value")
             .rstrip(".")
         )
+        whole = not split(name)
         axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
         if leaf.ndim < len(axes):
             return NamedSharding(mesh, P())
         sizes = leaf.shape[leaf.ndim - len(axes) :]
         fitting = [
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, sizes, strict=True)
+            tuple(name for name in _names(axis) if not (whole and name == "fsdp")) for axis in axes
         ]
+        fitting = [
+            names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
+            for names, size in zip(fitting, sizes, strict=True)
+        ]
+        fitting = [names[0] if len(names) == 1 else names or None for names in fitting]
         return NamedSharding(mesh, P(*[None] * (leaf.ndim - len(axes)), *fitting))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
+
+
+def place_parts(parts: Mapping[str, Any], mesh: Mesh, placement: Placement) -> dict[str, Any]:
+    """The shardings of a training state between steps, part by part.
+
+    Args:
+        parts: trees by name; a name that ends in `opt_state` is an optimiser's.
+        mesh: the devices.
+        placement: what `fsdp` shares out.
+    """
+    return {
+        part: place(tree, mesh, split=lambda _, part=part: _SPLIT[placement](part))
+        for part, tree in parts.items()
+    }
+
+
+def gather_weights(mesh: Mesh, placement: Placement) -> Callable[[PyTree], PyTree]:
+    """What a step does first with parameters, so that they lie as `placement` has it in a step.
+
+    Embeddings are gathered at once even with `fsdp`: rows cannot be looked up in parts of them.
+    """
+
+    def split(name: str) -> bool:
+        return _stays_split(name) or (placement == "fsdp" and "kernel" in name)
+
+    def gather(params: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(params, place(params, mesh, split=split))
+
+    return gather if placement in _SPLIT_WEIGHTS else lambda params: params
+
+
+def place_block(mesh: Mesh, placement: Placement) -> Callable[[Any], Any]:
+    """What a step does with a block of a stack where it is used; for the model's callable.
+
+    Its gradients are split there and then, so that what devices exchange is their sum's share, not
+    the sum; with `fsdp` its weights are gathered.
+    """
+
+    def one(leaf: Array, split: NamedSharding, whole: NamedSharding) -> Array:
+        return _constrained(leaf, whole if placement == "fsdp" else None, split)
+
+    def place_leaves(block: Any) -> Any:
+        graphdef, state = nnx.split(block)
+        split = place(state, mesh)
+        whole = place(state, mesh, split=_stays_split)
+        return nnx.merge(graphdef, jax.tree.map(one, state, split, whole))
+
+    return (lambda block: block) if placement == "replicated" else place_leaves
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _constrained(x: Array, forward: NamedSharding | None, backward: NamedSharding) -> Array:
+    """The same array, laid out as asked; its gradient too."""
+    return x if forward is None else jax.lax.with_sharding_constraint(x, forward)
+
+
+_constrained.defvjp(
+    lambda x, forward, backward: (_constrained(x, forward, backward), None),
+    lambda forward, backward, _, g: (jax.lax.with_sharding_constraint(g, backward),),
+)
+
+
+def _stays_split(name: str) -> bool:
+    return "modulation" in name
+
+
+def split_gradients(mesh: Mesh, placement: Placement) -> Callable[[PyTree], PyTree]:
+    """What a step does with all gradients, so that they lie as the optimiser's state does."""
+
+    def split(grads: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(grads, place(grads, mesh))
+
+    return (lambda grads: grads) if placement == "replicated" else split
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -98,41 +239,84 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
-    """Keeps activations split by rows alone; for the callable that a model is given."""
-    return lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
-
-
-def map_in_chunks(function: Callable[[Any], Any], batch: Array, mesh: Mesh, at_once: int) -> PyTree:
-    """Applies a function of a batch to a few items of every device at a time.
-
-    It saves memory; and since a device always meets the same number of items, filled up with
-    zeros at the end, an item's result does not depend on the size of the batch.
+def put(tree: Any, sharding: Any) -> Any:
+    """Puts values that every host holds alike on a mesh of any number of hosts.
 
     Args:
-        function: of arrays with the items along the first axis, to a tree of such arrays.
-        batch: its first axis lies as `batch_sharding` says.
-        mesh: the devices.
-        at_once: items of a device in a call of the function.
+        tree: NumPy arrays, numbers, keys, or arrays of this host's devices.
+        sharding: of all leaves, or a tree of each one's.
     """
-    shards = batch_shards(mesh)
-    local = len(batch) // shards
+    if isinstance(sharding, Sharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
 
-    def some(part: Array) -> PyTree:
-        made = function(rearrange(part, "s b ... -> (s b) ..."))
-        return jax.tree.map(lambda x: rearrange(x, "(s b) ... -> s b ...", s=shards), made)
+    def one(value: Any, where: NamedSharding) -> Array:
+        if where.is_fully_addressable:
+            return jax.device_put(value, where)
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            return _relay(where)(value)  # it lies on the mesh already
+        if jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key):
+            words = one(jax.random.key_data(value), where)
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
+        host = np.asarray(value)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
-    # devices hold neighbouring items: each chunk takes some of every device's
-    rows = rearrange(batch, "(s l) ... -> s l ...", s=shards)
-    filled = jnp.pad(rows, [(0, 0), (0, -local % at_once)] + [(0, 0)] * (rows.ndim - 2))
-    parts = rearrange(filled, "s (m b) ... -> m s b ...", b=at_once)
-    made = jax.lax.map(some, parts)
+    return jax.tree.map(one, tree, sharding)
 
-    def joined(x: Array) -> Array:
-        rows = rearrange(x, "m s b ... -> s (m b) ...")[:, :local]
-        return rearrange(rows, "s l ... -> (s l) ...")
 
-    return jax.tree.map(joined, made)
+@functools.cache
+def _relay(where: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=where)
+
+
+@functools.lru_cache(maxsize=64)
+def own_rows(mesh: Mesh, count: int) -> Int[np.ndarray, " r"]:
+    """Which rows of a batch of `count` lie on this host's devices, ascending."""
+    where = batch_sharding(mesh).addressable_devices_indices_map((count,))
+    spans = {index[0].indices(count)[:2] for index in where.values() if index is not None}
+    return np.concatenate([np.arange(*span) for span in sorted(spans)])
+
+
+def place_batch(own: np.ndarray, mesh: Mesh, count: int) -> Array:
+    """A batch on the mesh, from the rows that every host has of it.
+
+    Args:
+        own: the rows that `own_rows(mesh, count)` names, in that order.
+        mesh: the devices.
+        count: rows of the whole batch.
+    """
+    where = batch_sharding(mesh)
+    if where.is_fully_addressable:
+        return jax.device_put(own, where)
+    rows = own_rows(mesh, count)
+
+    def shard(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(count)
+        first = int(np.searchsorted(rows, start))
+        return own[first : first + stop - start]
+
+    return jax.make_array_from_callback((count, *own.shape[1:]), where, shard)
+
+
+def constrain_activations(mesh: Mesh, placement: Placement) -> Callable[[Array, str], Array]:
+    """How activations lie; for the callable that a model is given.
+
+    By `rows`: split by images alone. Where weights are split, adaLN's stay so: its input is then
+    `whole` on the devices that share them, and its output first split by `columns`.
+    """
+
+    def lay(x: Array, *axes: Any) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
+
+    def constrain(x: Array, how: str) -> Array:
+        between = [None] * (x.ndim - 2)
+        if how == "rows" or placement not in _SPLIT_WEIGHTS:
+            return lay(x, BATCH_AXES)
+        if how == "whole" or x.shape[-1] % (mesh.shape["tensor"] * mesh.shape["fsdp"]):
+            return lay(x, "data")
+        x = lay(x, "data", *between, ("tensor", "fsdp"))
+        return lay(x, BATCH_AXES, *between, "tensor")  # one exchange: rows for columns
+
+    return constrain
 
 
 def batch_shards(mesh: Mesh) -> int:

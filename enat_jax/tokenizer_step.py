@@ -1,5 +1,6 @@
 """One optimiser step of a VQGAN's training, with its losses and the care of its codebook."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
-from enat_jax.optim import update_ema
+from enat_jax.optim import skip_unless_finite, update_ema
 from enat_jax.tokenizers.discriminator import hinge_loss
 from enat_jax.tokenizers.vqgan import VQGAN
 
@@ -215,9 +216,12 @@ def tokenizer_step(
     cfg: LossConfig,
     ema_decay: float,
     quantised: bool = True,
+    gather: Callable[[Any], Any] = lambda weights: weights,
+    split: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[TokenizerState, dict[str, Float[Array, ""]]]:
     """One optimiser step; jit it with everything after `lpips` fixed.
 
+    A step whose losses or gradient are not finite changes nothing but the count of steps.
     The codebook learns by gradient, like the rest. Where `networks` has a discriminator, the VQGAN
     is judged by it as it was before the step, and it learns from the same images.
 
@@ -232,9 +236,12 @@ def tokenizer_step(
         cfg: the losses.
         ema_decay: of the parameters' moving average.
         quantised: whether the codebook takes part.
+        gather: applied to weights before their use; placement rules go in here.
+        split: applied to gradients before theirs.
 
     Returns:
-        The state after the step; its losses, gradient norm, and use of the codebook.
+        The state after the step; its losses, gradient norm, use of the codebook, and 1 if it was
+        skipped.
     """
     pixels = images / jnp.float32(255)
     judge, distance = networks.discriminator, networks.lpips
@@ -246,10 +253,11 @@ def tokenizer_step(
             cfg,
             quantised=quantised,
             lpips=distance and nnx.merge(distance, lpips),
-            discriminator=judge and nnx.merge(judge, state.discriminator),
+            discriminator=judge and nnx.merge(judge, gather(state.discriminator)),
         )
 
-    (total, outcome), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    (total, outcome), grads = jax.value_and_grad(loss, has_aux=True)(gather(state.params))
+    grads = split(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
     ema = update_ema(state.ema, params, ema_decay)
@@ -267,7 +275,8 @@ def tokenizer_step(
             made = jax.lax.stop_gradient(outcome.reconstruction)
             return hinge_loss(network(pixels), network(made))
 
-        told, grads = jax.value_and_grad(verdicts)(state.discriminator)
+        told, grads = jax.value_and_grad(verdicts)(gather(state.discriminator))
+        grads = split(grads)
         updates, discriminator_opt_state = discriminator_optimizer.update(
             grads, state.discriminator_opt_state, state.discriminator
         )
@@ -276,6 +285,8 @@ def tokenizer_step(
             discriminator_opt_state=discriminator_opt_state,
         )
         metrics["discriminator"] = told
+    told = [metrics[name] for name in ("loss", "grad_norm", "discriminator") if name in metrics]
+    after, metrics["skipped"] = skip_unless_finite(state, after, *told)
     return after, metrics
 
 

@@ -1,6 +1,6 @@
 """One optimiser step on rows that pack images with different plans."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from enat_jax.losses import masked_cross_entropy
 from enat_jax.models.enat import ENAT
-from enat_jax.optim import update_ema
+from enat_jax.models.layers import cast_kernels
+from enat_jax.optim import skip_unless_finite, update_ema
 from enat_jax.plans import Plan
 
 
@@ -141,8 +142,12 @@ def training_step(
     optimizer: optax.GradientTransformation,
     plans: Sequence[Plan],
     cfg: StepConfig,
+    gather: Callable[[Any], Any] = lambda weights: weights,
+    split: Callable[[Any], Any] = lambda grads: grads,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step; jit it with everything after `key` fixed.
+
+    A step whose loss or gradient is not finite changes nothing but the count of steps.
 
     Args:
         state: before the step.
@@ -153,11 +158,15 @@ def training_step(
         optimizer: its gradient transformation.
         plans: the plan of each image in a row.
         cfg: the step's settings.
+        gather: applied to the weights before their use; placement rules go in here.
+        split: applied to the gradients before theirs.
 
     Returns:
-        The state after the step, and its loss and gradient norm.
+        The state after the step; its loss, gradient norm, and 1 if it was skipped.
     """
     model = nnx.merge(graphdef, state.params)
+    dtype = jnp.dtype(model.cfg.dtype)
+    weights, ema_weights = (gather(cast_kernels(tree, dtype)) for tree in (state.params, state.ema))
     draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     tokens = rearrange(token_ids, "(b g) l -> b g l", g=len(plans))
     draws = make_draws(
@@ -167,12 +176,12 @@ def training_step(
         class_dropout=cfg.class_dropout,
         null_class_id=model.cfg.null_class_id,
     )
-    ema_model = nnx.merge(graphdef, state.ema)
+    ema_model = nnx.merge(graphdef, ema_weights)
 
     def loss_and_grad(tokens: Array, draws: Draws, key: jax.Array) -> tuple[Array, nnx.State]:
-        def loss(params: nnx.State) -> Array:
+        def loss(weights: nnx.State) -> Array:
             return row_loss(
-                nnx.merge(graphdef, params),
+                nnx.merge(graphdef, weights),
                 ema_model,
                 tokens,
                 draws,
@@ -181,12 +190,14 @@ def training_step(
                 key=key,
             )
 
-        return jax.value_and_grad(loss)(state.params)
+        value, grads = jax.value_and_grad(loss)(weights)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), split(grads), state.params)
+        return value, grads
 
     if cfg.accumulation == 1:
         loss, grads = loss_and_grad(tokens, draws, dropout_key)
     else:  # a microbatch takes rows from every device's share
-        split = jax.tree.map(
+        parts = jax.tree.map(
             lambda x: rearrange(x, "(b a) ... -> a b ...", a=cfg.accumulation), (tokens, draws)
         )
         keys = jax.random.split(dropout_key, cfg.accumulation)
@@ -196,7 +207,7 @@ def training_step(
             (tokens, draws), key = micro
             return jax.tree.map(jnp.add, total, loss_and_grad(tokens, draws, key)), None
 
-        total, _ = jax.lax.scan(add, zero, (split, keys))
+        total, _ = jax.lax.scan(add, zero, (parts, keys))
         loss, grads = jax.tree.map(lambda x: x / cfg.accumulation, total)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -207,4 +218,6 @@ def training_step(
         ema=update_ema(state.ema, params, cfg.ema_decay),
         opt_state=opt_state,
     )
-    return after, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    norm = optax.tree.norm(grads)
+    after, skipped = skip_unless_finite(state, after, loss, norm)
+    return after, {"loss": loss, "grad_norm": norm, "skipped": skipped}

@@ -3,20 +3,28 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from enat_jax.errors import UserError
+from enat_jax.generation_program import abstract_params
+from enat_jax.models.block import Block
 from enat_jax.models.enat import ENATConfig
 from enat_jax.optim import OptimConfig, make_optimizer
-from enat_jax.sample import abstract_params
 from enat_jax.sharding import (
     MeshConfig,
     batch_sharding,
     batch_shards,
     constrain_activations,
     make_mesh,
+    own_rows,
     place,
+    place_batch,
+    place_block,
+    place_parts,
+    put,
     replicated,
 )
 
@@ -97,14 +105,14 @@ class TestParameters:
         ("name", "spec"),
         [
             ("encoder.attention.query.kernel", (None, "fsdp", "tensor")),
-            ("encoder.attention.own_key_value.kernel", (None, "fsdp", "tensor")),
-            ("decoder.attention.context_key_value.kernel", (None, "fsdp", "tensor")),
+            ("encoder.attention.own_key_value.kernel", (None, "fsdp", None, "tensor")),
+            ("decoder.attention.context_key_value.kernel", (None, "fsdp", None, "tensor")),
             ("encoder.attention.out.kernel", (None, "tensor", "fsdp")),
             ("encoder.mlp.up.kernel", (None, "fsdp", "tensor")),
             ("encoder.mlp.down.kernel", (None, "tensor", "fsdp")),
-            ("encoder.modulation.kernel", (None, "fsdp", "tensor")),
+            ("encoder.modulation.kernel", (None, None, ("fsdp", "tensor"))),
             ("reuse_projection.mlp.up.kernel", ("fsdp", "tensor")),
-            ("head.linear.kernel", ("fsdp", None)),
+            ("head.linear.kernel", ("fsdp", "tensor")),
             ("embedding.word", (None, "fsdp")),
             ("embedding.position", (None, "fsdp")),
             ("class_embedding", (None, "fsdp")),
@@ -120,6 +128,7 @@ class TestParameters:
     def test_every_large_parameter_is_shared_out(self, params, fsdp):
         # large: above 64 KiB in one block; a stack is sliced into its blocks
         for name, (spec, leaf) in specs(params, mesh_of(fsdp=fsdp)).items():
+            spec = [part for axis in spec for part in (axis if isinstance(axis, tuple) else [axis])]
             stacked = name.startswith(("encoder.", "decoder."))
             size = 4 * leaf.size // (leaf.shape[0] if stacked else 1)
             assert ("fsdp" in spec) == (size > 64 * 1024), f"{name} {leaf.shape}: {spec}"
@@ -128,7 +137,8 @@ class TestParameters:
         def held(mesh):
             shards = jax.tree.map(
                 lambda leaf, where: leaf.size // jnp.prod(
-                    jnp.array([mesh.shape[axis] for axis in where.spec if axis] or [1])),
+                    jnp.array([mesh.shape[part] for axis in where.spec if axis
+                               for part in (axis if isinstance(axis, tuple) else [axis])] or [1])),
                 params, place(params, mesh),
             )  # fmt: skip
             return sum(map(int, jax.tree.leaves(shards)))
@@ -164,10 +174,108 @@ class TestParameters:
         assert moments == 2 * len(placed)
 
 
-def test_a_model_built_without_a_mesh_is_left_alone():
-    constrain = constrain_activations(make_mesh(MeshConfig(), jax.devices()[:1]))
-    x = jnp.arange(6.0).reshape(2, 3)
-    assert (constrain(x) == x).all()
+class TestPlacements:
+    def parts(self, params):
+        optimizer = make_optimizer(OptimConfig(), 1e-3)
+        return {
+            "params": params,
+            "ema": params,
+            "opt_state": jax.eval_shape(optimizer.init, params),
+        }
+
+    @pytest.mark.parametrize(
+        ("placement", "split"),
+        [
+            ("replicated", set()),
+            ("zero1", {"opt_state"}),
+            ("zero2", {"params", "ema", "opt_state"}),
+            ("fsdp", {"params", "ema", "opt_state"}),
+        ],
+    )
+    def test_a_placement_splits_the_parts_it_names_and_no_others(self, params, placement, split):
+        found = place_parts(self.parts(params), mesh_of(fsdp=4, tensor=2), placement)
+        for part, shardings in found.items():
+            axes = {str(where.spec) for where in jax.tree.leaves(shardings)}
+            assert any("fsdp" in each for each in axes) == (part in split), part
+            assert any("tensor" in each for each in axes), part
+
+    def test_activations_lie_by_rows_but_around_split_modulation(self):
+        mesh = mesh_of(data=1, fsdp=1)
+        x = jnp.arange(12.0).reshape(2, 2, 3)
+        for placement in ("replicated", "zero1", "zero2", "fsdp"):
+            for how in ("rows", "columns", "whole"):
+                assert (constrain_activations(mesh, placement)(x, how) == x).all()
+
+    @pytest.mark.parametrize("placement", ["replicated", "zero1", "zero2", "fsdp"])
+    def test_placing_a_block_changes_neither_its_weights_nor_their_gradients(self, placement):
+        block = Block(8, 2, 2.0, dtype=jnp.dtype("float32"), attention="xla", rngs=nnx.Rngs(0))
+        placed = place_block(mesh_of(), placement)
+        graphdef, state = nnx.split(block)
+
+        def loss(state, place):
+            leaves = jax.tree.leaves(nnx.state(place(nnx.merge(graphdef, state))))
+            return sum(jnp.sum(jnp.sin(leaf) * (i + 1)) for i, leaf in enumerate(leaves))
+
+        ours, plain = (jax.grad(loss)(state, place) for place in (placed, lambda block: block))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+            assert (a == b).all()
+
+
+class Chip:
+    """A stand-in for a device of several slices."""
+
+    platform, device_kind = "gpu", "chip"
+
+    def __init__(self, number, slice_index):
+        self.id = self.process_index = number
+        self.slice_index = slice_index
+
+    def __repr__(self):
+        return f"{self.slice_index}.{self.id}"
+
+
+class TestSlices:
+    def chips(self, slices, each):
+        return [Chip(i, i // each) for i in range(slices * each)]
+
+    @pytest.mark.parametrize(
+        ("cfg", "along"),
+        [
+            (MeshConfig(data=2, fsdp=4), "data"),
+            (MeshConfig(data=4, fsdp=2), "data"),
+            (MeshConfig(data=1, fsdp=8), "fsdp"),
+            (MeshConfig(data=1, fsdp=2, tensor=4), "fsdp"),
+        ],
+    )
+    def test_data_crosses_slices_first_and_tensor_never(self, cfg, along):
+        grid = make_mesh(cfg, self.chips(2, 4)).devices
+        slices = np.vectorize(lambda chip: chip.slice_index)(grid)
+        assert (slices == slices[:, :, :1]).all()
+        axis = ("data", "fsdp").index(along)
+        halves = np.split(slices, 2, axis=axis)
+        assert {int(half.min()) for half in halves} == {0, 1}
+        assert all((half == half.min()).all() for half in halves)
+
+    def test_a_mesh_whose_tensor_axis_would_cross_slices_is_refused(self):
+        with pytest.raises(UserError, match="3 slices or nodes must divide data x fsdp, 1 x 1"):
+            make_mesh(MeshConfig(data=1, fsdp=1, tensor=6), self.chips(3, 2))
+
+
+def test_a_host_finds_its_rows_and_places_them():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    np.testing.assert_array_equal(own_rows(mesh, 6), np.arange(6))
+    batch = np.arange(12).reshape(6, 2)
+    np.testing.assert_array_equal(place_batch(batch, mesh, 6), batch)
+
+
+def test_what_is_put_comes_back(tmp_path):
+    whole = replicated(make_mesh(MeshConfig(), jax.devices()[:1]))
+    tree = {"a": np.arange(3), "key": jax.random.key(3), "number": np.int32(5)}
+    found = put(tree, whole)
+    np.testing.assert_array_equal(found["a"], tree["a"])
+    assert found["key"] == tree["key"]
+    assert found["number"] == 5
+    assert put(tree, dict.fromkeys(tree, whole))["number"].sharding == whole
 
 
 def on_eight_devices(script, **environment):
@@ -191,7 +299,7 @@ EIGHT_DEVICES = """
 import dataclasses, jax, numpy as np
 from enat_jax.config import load_config
 from enat_jax.sharding import batch_sharding, make_mesh, MeshConfig
-from enat_jax.train import Run
+from enat_jax.run import Run
 assert jax.device_count() == 8
 config = load_config("configs/digits.py", [
     "model.width=16", "model.num_heads=2", "model.encoder_depth=1", "train.programs=1",
@@ -225,7 +333,8 @@ def test_eight_devices_take_the_same_steps_as_one():
 
 CHUNKS = """
 import jax, jax.numpy as jnp, numpy as np
-from enat_jax.sharding import MeshConfig, batch_sharding, make_mesh, map_in_chunks
+from enat_jax.chunks import map_in_chunks
+from enat_jax.sharding import MeshConfig, batch_sharding, make_mesh
 for shape, at_once in ((dict(data=8), 2), (dict(data=2, fsdp=2, tensor=2), 4)):
     mesh = make_mesh(MeshConfig(**shape))
     items = np.arange(24 * 5, dtype=np.float32).reshape(24, 5)
