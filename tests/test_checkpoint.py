@@ -2,10 +2,10 @@ import contextlib
 import gc
 import logging
 import os
-import pathlib
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +17,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
+from enat_jax import checkpoint_digests
 from enat_jax.checkpoint import CheckpointError, Checkpoints
 
 # When one read fails, Orbax gives up the others, which complain as they are collected.
@@ -69,11 +71,6 @@ def halve(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def data_iterator():
-    dataset = grain.MapDataset.range(1000).seed(3).shuffle().batch(4)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
-
-
 @pytest.fixture
 def failed_reads():
     yield
@@ -123,18 +120,6 @@ def test_leaves_land_on_the_mesh_asked_for(tmp_path):
     assert trees["ema"]["blocks"][0]["kernel"][...].sharding == sharding
 
 
-def test_a_grain_iterator_continues_where_it_was_saved(tmp_path):
-    data = data_iterator()
-    for _ in range(3):
-        next(data)
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(3, {"step": jnp.int32(3)}, data=data, metadata={})
-        expected = [next(data) for _ in range(5)]  # while the save may be under way
-    continued = data_iterator()
-    Checkpoints(tmp_path, read_only=True).restore({"step": jnp.int32(0)}, data=continued)
-    np.testing.assert_array_equal([next(continued) for _ in range(5)], expected)
-
-
 def test_arrays_given_away_after_save_returns_are_saved_as_they_were(tmp_path):
     overwrite = jax.jit(lambda x: x - 1, donate_argnums=0)
     x = jnp.ones(LARGE)
@@ -152,6 +137,7 @@ def test_the_last_keep_steps_stay(tmp_path):
             checkpoints.save(step, {"step": jnp.int32(step)}, metadata={})
         checkpoints.wait()
         assert checkpoints.steps() == [3, 4]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "4"]
 
 
 def test_a_step_already_saved_is_left_alone(tmp_path):
@@ -170,7 +156,7 @@ def test_metadata_comes_back_as_it_was_given(tmp_path):
         assert checkpoints.metadata(1) == config
         (tmp_path / "2" / "_CHECKPOINT_METADATA").write_text("{")
         assert checkpoints.metadata() == config
-        with pytest.raises(CheckpointError, match=r"no readable checkpoint .* step 2: JSON"):
+        with pytest.raises(CheckpointError, match=r"no readable checkpoint .* step 2: _CHECK"):
             checkpoints.metadata(2)
         with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 in .*: 1, 2"):
             checkpoints.metadata(3)
@@ -203,28 +189,132 @@ def test_missing_and_extra_fields_are_named(tmp_path):
     )
 
 
-def test_a_data_position_of_another_number_of_processes_is_refused(tmp_path, monkeypatch):
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(1, {"step": jnp.int32(1)}, data=data_iterator(), metadata={})
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(CheckpointError, match="has the data position of 1 processes, not 2"):
-        Checkpoints(tmp_path, read_only=True).restore({"step": jnp.int32(0)}, data=data_iterator())
+def truncated(content):
+    return content[: len(content) // 2]
 
 
-def test_a_data_position_of_another_pipeline_is_no_damage(tmp_path):
+def emptied(content):
+    return b""
+
+
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """Steps 1 and 2 of small trees; tests leave them as they are."""
+    directory = tmp_path_factory.mktemp("two_steps")
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        for step in 1, 2:
+            checkpoints.save(step, small_trees(step), metadata={"step": step})
+    return directory
+
+
+def small_trees(step):
+    x = jnp.linspace(0, step, 900).reshape(30, 30)  # too large to lie in an index
+    return {"x": {"kernel": x, "bias": x[0]}, "step": jnp.int32(step)}
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (truncated, " is truncated: "),
+        (emptied, " is truncated: 0 of "),
+        (flipped, " is not as it "),
+    ],
+)
+def test_damage_to_any_file_is_named_and_the_step_before_is_used(two_steps, harm, words):
+    files = sorted(p for p in (two_steps / "2").rglob("*") if p.is_file())
+    assert len(files) > 18
+    kinds = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt", "process_0",
+             "commit_success.txt", "digests.0-of-1.json"}  # fmt: skip
+    assert {file.name for file in files if file.parent.name != "d"} == kinds
+    tree, checkpoints = abstract(small_trees(0)), Checkpoints(two_steps, read_only=True)
+    for file in files:
+        name = str(file.relative_to(two_steps / "2"))
+        told = f"{name} is damaged: " if name.startswith("digests.") else name + words
+        content, lines = file.read_bytes(), []
+        file.write_bytes(harm(content))
+        assert checkpoints.metadata() == {"step": 1}, name
+        step, trees = checkpoints.restore(tree, warn=lines.append)
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(tree, step=2)
+        file.write_bytes(content)
+        assert step == 1
+        assert_same(trees, small_trees(1))
+        (line,) = lines
+        assert line.startswith(f"skipped the damaged checkpoint {two_steps / '2'} ({told}")
+        assert str(error.value).startswith(f"no readable checkpoint in {two_steps}; step 2: {told}")
+        assert "\n" not in line + str(error.value)
+    assert checkpoints.restore(tree, warn=lines.append)[0] == 2  # each file is as it was again
+
+
+def test_a_lost_file_is_damage(tmp_path):
+    save_steps(tmp_path, 10, 20)
+    (tmp_path / "20" / "ema" / "_sharding").unlink()
+    lines = []
+    Checkpoints(tmp_path, read_only=True).restore(abstract(make_trees(0)), warn=lines.append)
+    assert lines == [f"skipped the damaged checkpoint {tmp_path / '20'} (ema/_sharding is missing)"]
+
+
+def test_one_line_names_a_few_of_many_damaged_files(tmp_path):
+    save_steps(tmp_path, 10)
+    for path in (tmp_path / "10").rglob("_sharding"):
+        halve(path)
+    with pytest.raises(CheckpointError, match=r"truncated.*; .*truncated.*; .*; and 1 more$"):
+        Checkpoints(tmp_path, read_only=True).restore(abstract(make_trees(0)))
+
+
+@pytest.mark.parametrize("harm", [truncated, emptied, flipped])
+def test_the_only_checkpoint_damaged_is_refused_and_not_moved(tmp_path, harm):
+    save_steps(tmp_path, 10)
+    file = tmp_path / "10" / "_CHECKPOINT_METADATA"
+    file.write_bytes(harm(file.read_bytes()))
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(1, {"step": jnp.int32(1)}, data=data_iterator(), metadata={})
-    part = grain.MapDataset.range(8).to_iter_dataset()
-    other = iter(grain.IterDataset.mix([part, part]))
-    with pytest.raises(CheckpointError, match="KeyError: 'parents'") as error:
-        Checkpoints(tmp_path, read_only=True).restore({"step": jnp.int32(0)}, data=other)
-    assert str(error.value).startswith(f"{tmp_path / '1'} is of another data pipeline: ")
+        with pytest.raises(CheckpointError, match=r"; step 10: _CHECKPOINT_METADATA is ") as error:
+            checkpoints.restore(abstract(make_trees(0)))
+        assert "\n" not in str(error.value)
+        assert checkpoints.steps() == [10]
+
+
+def test_files_without_digests_are_let_be(tmp_path):
+    save_steps(tmp_path, 10)
+    for folder in "10", "10/ema", "10/ema/d":
+        (tmp_path / folder / "note.txt").write_text("?")
+    (tmp_path / "10" / "digests.0-of-1.unfinished").write_text("{")  # a kill while it was written
+    lines = []
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.restore(abstract(make_trees(0)), warn=lines.append)[0] == 10
+    assert lines == []
+
+
+@pytest.mark.parametrize("file", ["digests.0-of-1.json", "digests.0-of-2.json"])
+def test_a_checkpoint_without_all_digests_is_used_with_a_warning(tmp_path, file):
+    save_steps(tmp_path, 10, 20)
+    (tmp_path / "20" / "digests.0-of-1.json").rename(tmp_path / "20" / "kept")
+    if file == "digests.0-of-2.json":  # one of two processes was killed
+        (tmp_path / "20" / "kept").rename(tmp_path / "20" / file)
+    lines = []
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.metadata() == {"step": 20}
+    step, trees = checkpoints.restore(abstract(make_trees(0)), warn=lines.append)
+    assert_same(trees, make_trees(20))
+    assert (step, len(lines)) == (20, 1)
+    assert lines[0].startswith(f"{tmp_path / '20'} was read but could not be verified: ")
+    assert "\n" not in lines[0]
 
 
 @pytest.mark.usefixtures("failed_reads")
-def test_a_truncated_newest_step_falls_back_to_the_one_before_and_says_so(tmp_path):
+@pytest.mark.parametrize("lost", ["the array", "_METADATA", "_CHECKPOINT_METADATA"])
+def test_without_digests_what_cannot_be_read_is_passed_over(tmp_path, lost):
     save_steps(tmp_path, 10, 20)
-    halve(largest_file(tmp_path / "20" / "ema"))
+    (tmp_path / "20" / "digests.0-of-1.json").unlink()
+    if lost == "the array":
+        halve(largest_file(tmp_path / "20" / "ema" / "d"))
+    else:
+        halve(next((tmp_path / "20").rglob(lost)))
     lines = []
     checkpoints = Checkpoints(tmp_path, read_only=True)
     step, trees = checkpoints.restore(abstract(make_trees(0)), warn=lines.append)
@@ -236,31 +326,82 @@ def test_a_truncated_newest_step_falls_back_to_the_one_before_and_says_so(tmp_pa
     assert checkpoints.steps() == [10, 20]  # read only: nothing is moved
 
 
-@pytest.mark.usefixtures("failed_reads")
-def test_whatever_file_is_lost_or_cut_the_values_restored_are_ones_that_were_saved(tmp_path):
-    x, data, batches = jnp.linspace(0, 1, 900).reshape(30, 30), data_iterator(), {}
-    with contextlib.closing(Checkpoints(tmp_path / "whole")) as checkpoints:
+def test_only_the_files_of_the_named_trees_are_verified(tmp_path):
+    save_steps(tmp_path, 10, 20)
+    halve(largest_file(tmp_path / "20" / "params"))
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.metadata() == {"step": 10}
+    assert checkpoints.metadata(trees=["ema"]) == {"step": 10}  # known from the call before
+    lines, ema = [], abstract({"ema": make_trees(0)["ema"]})
+    assert checkpoints.restore(ema, warn=lines.append)[0] == 10  # the same
+    assert len(lines) == 1
+    assert checkpoints.restore(ema)[0] == 20
+    assert checkpoints.metadata(trees=["ema"]) == {"step": 20}
+    assert checkpoints.metadata(20) == {"step": 20}
+
+
+def test_what_metadata_has_verified_the_next_restore_alone_takes_as_verified(tmp_path, monkeypatch):
+    save_steps(tmp_path, 10)
+    digested = []
+    digest = checkpoint_digests._digest
+    monkeypatch.setattr(
+        checkpoint_digests, "_digest", lambda path: digested.append(path.name) or digest(path)
+    )
+    tree, checkpoints = abstract(make_trees(0)), Checkpoints(tmp_path, read_only=True)
+    checkpoints.metadata()
+    files = len(digested)
+    assert files > 30
+    checkpoints.restore(tree)
+    assert len(digested) == files
+    checkpoints.restore(tree)
+    assert len(digested) == 2 * files
+    del digested[:]
+    checkpoints.metadata(10)
+    assert sorted(digested) == ["_CHECKPOINT_METADATA", "commit_success.txt"]
+
+
+def test_digests_follow_the_commit_by_themselves(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.last_save_seconds is None
+    checkpoints.save(1, make_trees(1), metadata={})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "1" / "digests.0-of-1.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert checkpoints.last_save_seconds > 0
+    checkpoints.close()
+
+
+def test_digests_that_cannot_be_written_are_a_warning(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("enat_jax.checkpoint.write_digests", full)
+    save_steps(tmp_path, 10)
+    (record,) = [r for r in caplog.records if r.name == "enat_jax.checkpoint"]
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith(f"no digests for {tmp_path / '10'}: OSError: ")
+    assert Checkpoints(tmp_path, read_only=True).steps() == [10]
+
+
+def test_a_checkpoint_of_an_older_version_with_a_data_iterator_is_read(tmp_path):
+    data = iter(grain.MapDataset.range(8).to_iter_dataset())
+    fields = {"step": []}
+    with ocp.training.Checkpointer(tmp_path) as old:
         for step in 1, 2:
-            checkpoints.save(step, {"x": x * step}, data=data, metadata={})
-            batches[step] = next(data).tolist()
-    files = [p for p in (tmp_path / "whole" / "2").rglob("*") if p.is_file()]
-    assert len(files) > 8
-    fell_back = 0
-    for file in files:
-        for harm in pathlib.Path.unlink, halve:
-            run = tmp_path / "run"
-            shutil.copytree(tmp_path / "whole", run)
-            harm(run / file.relative_to(tmp_path / "whole"))
-            lines, continued = [], data_iterator()
-            step, trees = Checkpoints(run, read_only=True).restore(
-                {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}, data=continued, warn=lines.append
+            old.save_checkpointables(
+                step,
+                {"step": jnp.int32(step), "data": data},
+                custom_metadata={"fields": fields, "data_processes": 4, "metadata": {"a": step}},
             )
-            assert (step, len(lines)) in ((2, 0), (1, 1))
-            np.testing.assert_array_equal(trees["x"], x * step)
-            assert next(continued).tolist() == batches[step]
-            fell_back += len(lines)
-            shutil.rmtree(run)
-    assert fell_back >= 8  # at least the description, the array and the data position, twice
+    lines = []
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        assert checkpoints.metadata() == {"a": 2}
+        step, trees = checkpoints.restore({"step": jnp.int32(0)}, warn=lines.append)
+        assert (step, trees["step"], len(lines)) == (2, 2, 1)
+        checkpoints.save(3, trees, metadata={})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2, 3]
 
 
 @pytest.mark.usefixtures("failed_reads")
@@ -297,7 +438,7 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
 
     save_steps(tmp_path, 10, 20)
     monkeypatch.setattr("orbax.checkpoint.v1.load", load)
-    with pytest.raises(CheckpointError, match=r"no room for 20: .*Out of memory$"):
+    with pytest.raises(CheckpointError, match=r"no room for .*20: .*Out of memory$"):
         Checkpoints(tmp_path, read_only=True).restore({"step": jnp.int32(0)})
 
 
@@ -336,6 +477,13 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write to ") as error:
         Checkpoints(tmp_path / "file" / "checkpoints")
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_that_cannot_be_listed_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot list .*file: NotADirectory") as error:
+        Checkpoints(tmp_path / "file", read_only=True).restore({"step": jnp.int32(0)})
     assert "\n" not in str(error.value)
 
 
@@ -385,3 +533,149 @@ def test_kill_9_during_a_save_leaves_the_step_before_and_its_debris_is_cleaned(t
         checkpoints.wait()
         assert not list(tmp_path.glob("*tmp*"))
         assert checkpoints.steps() == [1, 3]
+
+
+KILLED_AFTER_THE_COMMIT = """
+import os, signal, sys, jax.numpy as jnp
+import enat_jax.checkpoint
+checkpoints = enat_jax.checkpoint.Checkpoints(sys.argv[1])
+checkpoints.save(1, {"x": jnp.arange(1000.0)}, metadata={})
+checkpoints.wait()
+enat_jax.checkpoint.write_digests = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.save(2, {"x": jnp.arange(1000.0) + 1}, metadata={})
+checkpoints.close()
+"""
+
+
+def test_kill_9_between_the_commit_and_the_digests_costs_no_step(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED_AFTER_THE_COMMIT, str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL
+    tree, lines = {"x": jax.ShapeDtypeStruct((1000,), jnp.float32)}, []
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        step, trees = checkpoints.restore(tree, warn=lines.append)
+        np.testing.assert_array_equal(trees["x"], np.arange(1000.0) + 1)
+        checkpoints.save(3, trees, metadata={})
+        checkpoints.wait()
+        assert checkpoints.restore(tree, warn=lines.append)[0] == 3
+    assert step == 2
+    (line,) = lines
+    assert "2 was read but could not be verified" in line
+
+
+HOSTS = """
+import pathlib, sys
+import jax, numpy as np
+port, processes, process, directory, *arguments = sys.argv[1:]
+if processes == "2":
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
+from jax.experimental.multihost_utils import sync_global_devices as sync
+from enat_jax.checkpoint import Checkpoints
+assert jax.device_count() == 4
+directory, process = pathlib.Path(directory), int(process)
+mesh = jax.make_mesh((4,), ("fsdp",))
+
+def put(array, *axes):
+    sharding = jax.NamedSharding(mesh, jax.P(*axes))
+    return jax.make_array_from_callback(array.shape, sharding, lambda where: array[where])
+
+x = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+trees = lambda k: {"ema": {"w": put(x * k, "fsdp"), "b": put(x[0] * k)}, "step": put(np.int32(k))}
+abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+                        trees(0))
+
+def assert_restored(step):
+    lines = []
+    found, got = checkpoints.restore(abstract, warn=lines.append)
+    assert found == step, (found, lines)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(trees(step)), strict=True):
+        assert a.sharding == b.sharding
+        for shard, wanted in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            np.testing.assert_array_equal(shard.data, wanted.data)
+    return lines
+
+checkpoints = Checkpoints(directory)
+"""
+
+SAVE = """
+for step in 1, 2:
+    checkpoints.save(step, trees(step), metadata={"images": 64 * step})
+checkpoints.close()
+"""
+
+RESTORE_AND_SAVE = """
+assert checkpoints.metadata() == {"images": 128}
+assert assert_restored(2) == []
+checkpoints.save(3, trees(3), metadata={"images": 192})
+checkpoints.close()
+"""
+
+DAMAGE_ONE_HOST_SEES = """
+import enat_jax.checkpoint_digests as digests
+seen = []
+digest = digests._digest
+digests._digest = lambda path: seen.append(path) or digest(path)
+assert assert_restored(3) == []
+if process == 1:
+    path = next(path for path in seen if path.name == "_METADATA")
+    content = path.read_bytes()
+    path.write_bytes(content[:9] + bytes([content[9] ^ 1]) + content[10:])
+sync("flipped")
+assert checkpoints.metadata() == {"images": 128}
+(line,) = assert_restored(2)
+assert line.startswith(f"skipped the damaged checkpoint {directory / '3'} (process 1: "), line
+assert "_METADATA is not as it was written" in line, line
+assert (directory / "3.damaged").is_dir()
+sync("restored")
+if process == 0:  # which reads none of the rows that process 1 has written
+    for path in (directory / "2").glob("digests.*"):
+        path.unlink()
+    for path in (directory / "2" / "ema" / "ocdbt.process_1" / "d").iterdir():
+        path.write_bytes(b"")
+sync("truncated")
+(line,) = assert_restored(1)
+assert line.startswith(f"skipped the damaged checkpoint {directory / '2'} (process 1: "), line
+checkpoints.save(4, trees(4), metadata={})
+checkpoints.wait()
+assert assert_restored(4) == []
+assert checkpoints.steps() == [1, 4]
+local = checkpoints.restore({"step": jax.ShapeDtypeStruct((), np.int32)})[1]["step"]
+assert local.is_fully_addressable and local == 4
+checkpoints.close()
+"""
+
+
+def run_hosts(code, processes, *arguments):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {
+        "PATH": "",
+        "PYTHONPATH": ".",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOSTS + code, *map(str, (port, processes, each, *arguments))],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for each in range(processes)
+    ]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:
+            process.kill()
+
+
+def test_hosts_may_change_and_agree_on_damage_that_one_of_them_sees(tmp_path):
+    run_hosts(SAVE, 2, tmp_path)
+    assert len(list((tmp_path / "2").glob("digests.*-of-2.json"))) == 2
+    run_hosts(RESTORE_AND_SAVE, 1, tmp_path)
+    assert len(list((tmp_path / "3").glob("digests.0-of-1.json"))) == 1
+    run_hosts(DAMAGE_ONE_HOST_SEES, 2, tmp_path)
