@@ -7,6 +7,7 @@ from typing import Any, Literal
 from enat_jax.config_file import make_config, read_fields
 from enat_jax.data import DataConfig
 from enat_jax.image_source import ImageConfig
+from enat_jax.loop_config import LoopConfig, check_loop
 from enat_jax.models.enat import ENATConfig
 from enat_jax.optim import OptimConfig
 from enat_jax.sharding import MeshConfig
@@ -31,13 +32,10 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LoopConfig):
     """A training run; ENAT's recipe by default (its section 5.1).
 
     Attributes:
-        seed: of everything random.
-        steps: optimiser steps.
-        batch_size: images per step, over all devices.
         accumulation: microbatches a step's gradient is averaged over.
         images_per_row: images packed into one row, each with its own mask ratio.
         programs: compiled training programs, each with its own plans.
@@ -46,15 +44,8 @@ class TrainConfig:
         class_dropout: share of images trained without their class. The reference drops 0.15 in
             its data and 0.1 of the rest in the network: 0.235 in all.
         label_smoothing: of the cross-entropy.
-        log_every: steps between two lines of the log.
-        sample_every: steps between two sample grids; 0 makes none.
-        checkpoint_every: steps between two checkpoints.
-        keep: newest checkpoints kept.
     """
 
-    seed: int = 0
-    steps: int = 500_000
-    batch_size: int = 2048
     accumulation: int = 1
     images_per_row: int = 8
     programs: int = 4
@@ -62,10 +53,6 @@ class TrainConfig:
     reuse_probability: float = 0.5
     class_dropout: float = 0.235
     label_smoothing: float = 0.1
-    log_every: int = 100
-    sample_every: int = 5000
-    checkpoint_every: int = 5000
-    keep: int = 3
 
 
 @dataclass(frozen=True)
@@ -191,7 +178,6 @@ def check(config: Config) -> list[str]:
          config.strategy.guidance_scale, "must be at least 0"),
         (train.batch_size % max(unit, 1) == 0, "train.batch_size", train.batch_size,
          f"must be a multiple of train.images_per_row x train.accumulation = {unit}"),
-        (train.seed < 2**32, "train.seed", train.seed, f"must be below {2**32}"),
         (model.mlp_ratio > 0, "model.mlp_ratio", model.mlp_ratio, "must be above 0"),
         (min(train.mask_beta) > 0, "train.mask_beta", train.mask_beta, "must be above 0"),
         (1 <= train.programs <= 4, "train.programs", train.programs, "must be between 1 and 4"),
@@ -205,8 +191,7 @@ def check(config: Config) -> list[str]:
                ("width", "num_heads", "encoder_depth", "decoder_depth")},
             "model.length - 1": model.length - 1,
             **{f"train.{name}": getattr(train, name) for name in
-               ("steps", "batch_size", "accumulation", "images_per_row", "log_every",
-                "checkpoint_every", "keep")},
+               ("accumulation", "images_per_row")},
             "tokenizer.grid[0]": config.tokenizer.grid[0],
             "tokenizer.grid[1]": config.tokenizer.grid[1],
             "data.read_threads": config.data.read_threads,
@@ -223,8 +208,6 @@ def check(config: Config) -> list[str]:
         for name, value in {
             "model.num_classes": model.num_classes,
             "model.codebook_size": model.codebook_size,
-            "train.seed": train.seed,
-            "train.sample_every": train.sample_every,
             "sample.decode_batch_size": config.sample.decode_batch_size,
             "sample.buckets": config.sample.buckets,
             "sample.max_padding": config.sample.max_padding,
@@ -250,6 +233,7 @@ def check(config: Config) -> list[str]:
     rules.append((0 <= train.reuse_probability <= 1, "train.reuse_probability",
                   train.reuse_probability, "must be in [0, 1]"))  # fmt: skip
     problems = [f"{name} = {value} {limit}" for holds, name, value, limit in rules if not holds]
+    problems += check_loop(train)
     if not problems and config.strategy.rule != "file":  # a file is read where it is used
         try:
             make_strategy(config.strategy).masked_counts(model.length)

@@ -68,6 +68,22 @@ class MetricLog:
         self.close()
 
 
+class NoLog:
+    """Takes what a `MetricLog` takes and keeps nothing: the log of the hosts that write none."""
+
+    def scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Drops them."""
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "y x 3"]) -> None:
+        """Drops it."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 def _keep_up_to(path: pathlib.Path, last_step: int) -> None:
     """Drops the lines of steps after `last_step`, and one a killed process left half-written."""
     if not path.exists():

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from enat_jax.config_file import make_config, read_fields
 from enat_jax.image_source import ImageConfig
+from enat_jax.loop_config import LoopConfig, check_loop
 from enat_jax.optim import OptimConfig
 from enat_jax.sharding import MeshConfig
 from enat_jax.tokenizer_step import LossConfig
@@ -13,31 +14,18 @@ from enat_jax.tokenizers.vqgan import VQGANConfig
 
 
 @dataclass(frozen=True)
-class TokenizerTrainConfig:
-    """A VQGAN's training run.
+class TokenizerTrainConfig(LoopConfig):
+    """A VQGAN's training run; its pictures are looks at held-out images, with their scores.
 
     Attributes:
-        seed: of everything random.
-        steps: optimiser steps.
-        batch_size: images per step, over all devices.
         image_size: pixels per side.
         random_crops: crops of 0.8 to 1 of an image's shorter side; else its centre.
-        log_every: steps between two lines of the log.
-        sample_every: steps between two looks at held-out images: reconstructions and their
-            scores; 0 takes none.
-        checkpoint_every: steps between two checkpoints.
-        keep: newest checkpoints kept.
     """
 
-    seed: int = 0
     steps: int = 100_000
     batch_size: int = 64
     image_size: int = 256
     random_crops: bool = True
-    log_every: int = 100
-    sample_every: int = 5000
-    checkpoint_every: int = 5000
-    keep: int = 3
 
 
 @dataclass(frozen=True)
@@ -111,7 +99,6 @@ def check(config: TokenizerRunConfig) -> list[str]:
          f"must be in [2, {2**16})"),
         (loss.codebook_start < train.steps, "loss.codebook_start", loss.codebook_start,
          f"must be below train.steps = {train.steps}"),
-        (train.seed < 2**32, "train.seed", train.seed, f"must be below {2**32}"),
         (optim.decay == "constant" or optim.warmup_steps < train.steps, "optim.warmup_steps",
          optim.warmup_steps, f"must be below train.steps = {train.steps}"),
     ]  # fmt: skip
@@ -121,8 +108,7 @@ def check(config: TokenizerRunConfig) -> list[str]:
             "model.num_res_blocks": model.num_res_blocks,
             "model.latent_channels": model.latent_channels,
             "model.norm_groups": model.norm_groups,
-            **{f"train.{name}": getattr(train, name) for name in
-               ("steps", "batch_size", "image_size", "log_every", "checkpoint_every", "keep")},
+            "train.image_size": train.image_size,
             **{f"held_out.{name}": getattr(held_out, name) for name in
                ("images", "pictures", "batch_size")},
             "discriminator.channels": config.discriminator.channels,
@@ -132,8 +118,6 @@ def check(config: TokenizerRunConfig) -> list[str]:
     rules += [
         (value >= 0, name, value, "must be at least 0")
         for name, value in {
-            "train.seed": train.seed,
-            "train.sample_every": train.sample_every,
             **{f"loss.{name}": getattr(loss, name) for name in
                ("l1", "l2", "codebook_start", "codebook", "commitment", "restart_after", "lpips",
                 "adversarial", "adversarial_start")},
@@ -152,4 +136,5 @@ def check(config: TokenizerRunConfig) -> list[str]:
                for section in ("optim", "discriminator") for i in (0, 1)},
         }.items()
     ]  # fmt: skip
-    return [f"{name} = {value} {limit}" for holds, name, value, limit in rules if not holds]
+    problems = [f"{name} = {value} {limit}" for holds, name, value, limit in rules if not holds]
+    return problems + check_loop(train)

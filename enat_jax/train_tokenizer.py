@@ -15,15 +15,28 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from enat_jax import hosts
 from enat_jax.checkpoint import Checkpoints
 from enat_jax.config_file import ConfigError
 from enat_jax.convert.lpips import load_lpips
 from enat_jax.held_out import HeldOut, read_images
 from enat_jax.image_batches import Reader, image_batches
 from enat_jax.image_source import ImageSource, open_images
-from enat_jax.metric_log import MetricLog
 from enat_jax.optim import learning_rate_schedule, make_optimizer
-from enat_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
+from enat_jax.resume import resume
+from enat_jax.sharding import (
+    batch_sharding,
+    batch_shards,
+    gather_weights,
+    make_mesh,
+    own_rows,
+    place_batch,
+    place_parts,
+    put,
+    replicated,
+    split_gradients,
+)
+from enat_jax.stream import Share
 from enat_jax.tokenizer import CHECKPOINTS, abstract_vqgan
 from enat_jax.tokenizer_config import TokenizerRunConfig
 from enat_jax.tokenizer_step import (
@@ -35,10 +48,10 @@ from enat_jax.tokenizer_step import (
 from enat_jax.tokenizers.discriminator import Discriminator
 from enat_jax.tokenizers.vqgan import VQGAN
 from enat_jax.training_loop import (
+    Log,
     Metrics,
-    averages,
     open_workdir,
-    restore_trees,
+    require_same_run,
     run_steps,
     write_samples,
 )
@@ -61,9 +74,11 @@ def train_tokenizer(
         UserError: images, weights or a workdir that do not fit the config, a loss that is not
             finite.
     """
+    say = hosts.speaker(say)
+    source = open_images(config.images)
+    require_same_run(config, workdir, {"images": len(source)})
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
-    source = open_images(config.images)
     run = TokenizerRun(config, mesh)
     held_out = _held_out(run, source, say)
     workdir = open_workdir(workdir)
@@ -88,6 +103,32 @@ def _train(
         "vqgan": dataclasses.asdict(config.model),
         "config": dataclasses.asdict(config),
     }
+    stream = {
+        "train.seed": cfg.seed,
+        "images.name": config.images.name,
+        "images.split": config.images.split,
+        "images in all": len(source),
+    }
+    found = resume(
+        checkpoints,
+        run.trees(run.abstract),
+        run.trees(run.sharding),
+        config=metadata["config"],
+        sections=("model",),
+        may_differ=("dtype",),
+        stream=stream,
+        say=say,
+    )
+    start, images = (found.step, found.images) if found else (0, 0)
+    if start >= cfg.steps:
+        say(f"{workdir} is trained already: {start} of {cfg.steps} steps")
+        return
+    state = run.state_of(start, found.trees) if found else run.initial_state()
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    say(
+        f"training a VQGAN of {size / 1e6:.4g}M parameters on {source.summary}, steps {start} to"
+        f" {cfg.steps}, on {mesh.devices.size} x {jax.devices()[0].device_kind}"
+    )
     reader = Reader(
         source,
         size=cfg.image_size,
@@ -95,51 +136,25 @@ def _train(
         max_unreadable=config.images.max_unreadable,
         warn=say,
     )
-    batches = image_batches(
-        reader,
-        len(source),
-        batch_size=cfg.batch_size // jax.process_count(),
-        seed=cfg.seed,
-        threads=config.images.read_threads,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    found = restore_trees(
-        checkpoints,
-        run.trees(run.abstract),
-        jax.tree.map(lambda _: replicated(mesh), run.trees(run.abstract)),
-        batches=batches,
-        config=metadata["config"],
-        sections=("model",),
-        may_differ=("dtype",),
-        say=say,
-    )
-    state = run.state_of(*found) if found else run.initial_state()
-    start = int(state.step)
-    if start >= cfg.steps:
-        say(f"{workdir} is trained already: {start} of {cfg.steps} steps")
-        return
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    say(
-        f"training a VQGAN of {size / 1e6:.4g}M parameters on {source.summary}, steps {start} to"
-        f" {cfg.steps}, on {mesh.devices.size} x {jax.devices()[0].device_kind}"
-    )
+    share = Share(cfg.batch_size, own_rows(mesh, cfg.batch_size), images)
+    threads = config.images.read_threads
     run_steps(
         _Steps(run, held_out, workdir, say),
         state,
         start,
-        batches,
-        jax.device_put(jax.random.key(cfg.seed), replicated(mesh)),
+        image_batches(reader, len(source), share, seed=cfg.seed, threads=threads),
+        put(jax.random.key(cfg.seed), replicated(mesh)),
         cfg,
         workdir=workdir,
         checkpoints=checkpoints,
         metadata=metadata,
+        position={**stream, "images": images},
         say=say,
     )
 
 
 class TokenizerRun:
-    """The compiled side of a run: its programs and its arrays, the same on every device."""
+    """The compiled side of a run: its programs, and where their arrays lie."""
 
     def __init__(self, config: TokenizerRunConfig, mesh: Mesh):
         self.config, self.mesh = config, mesh
@@ -154,11 +169,13 @@ class TokenizerRun:
             judge = nnx.graphdef(nnx.eval_shape(self._discriminator))
         if config.loss.lpips_weights:
             lpips, state = nnx.split(load_lpips(config.loss.lpips_weights))
-            self.lpips = jax.device_put(state, replicated(mesh))
+            self.lpips = put(state, replicated(mesh))
         self.networks = Networks(self.graphdef, judge, lpips)
         self.abstract = jax.eval_shape(self._state)
+        parts = {k: v for k, v in self.abstract._asdict().items() if v is not None}
+        self.sharding = self.abstract._replace(**place_parts(parts, mesh, config.mesh.placement))
         start = functools.partial(codebook_from_images, graphdef=self.graphdef)
-        self.begin_codebook = jax.jit(start, out_shardings=replicated(mesh), donate_argnums=0)
+        self.begin_codebook = jax.jit(start, out_shardings=self.sharding, donate_argnums=0)
         # one program for each part of the run: with and without codebook and discriminator
         self.program = functools.cache(self._program)
 
@@ -184,7 +201,7 @@ class TokenizerRun:
 
     def initial_state(self) -> TokenizerState:
         """Fresh parameters from the config's seed."""
-        return jax.jit(self._state, out_shardings=replicated(self.mesh))()
+        return jax.jit(self._state, out_shardings=self.sharding)()
 
     def trees(self, state: TokenizerState) -> dict[str, PyTree]:
         """What a checkpoint holds of a state."""
@@ -196,10 +213,10 @@ class TokenizerRun:
         """The state that a checkpoint holds."""
         trees = {**trees, "idle": trees["codes"]["idle"]}
         del trees["codes"]
-        return TokenizerState(step=jax.device_put(jnp.int32(step), replicated(self.mesh)), **trees)
+        return TokenizerState(step=put(np.int32(step), replicated(self.mesh)), **trees)
 
     def _program(self, quantised: bool, judged: bool) -> Callable[..., Any]:
-        whole = replicated(self.mesh)
+        whole, placement = replicated(self.mesh), self.config.mesh.placement
         step = functools.partial(
             tokenizer_step,
             networks=self.networks if judged else self.networks._replace(discriminator=None),
@@ -208,33 +225,31 @@ class TokenizerRun:
             cfg=self.config.loss,
             ema_decay=self.config.optim.ema_decay,
             quantised=quantised,
+            gather=gather_weights(self.mesh, placement),
+            split=split_gradients(self.mesh, placement),
         )
         return jax.jit(
             step,
-            in_shardings=(whole, batch_sharding(self.mesh), whole, whole),
-            out_shardings=whole,
+            in_shardings=(self.sharding, batch_sharding(self.mesh), whole, whole),
+            out_shardings=(self.sharding, whole),
             donate_argnums=0,
         )
 
     def step(
         self, step: int, state: TokenizerState, batch: np.ndarray, key: jax.Array
     ) -> tuple[TokenizerState, Metrics]:
-        """One optimiser step on this process's part of the batch."""
+        """One optimiser step on this host's rows of the batch."""
         loss = self.config.loss
-        images = jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch)
+        images = place_batch(batch, self.mesh, self.config.train.batch_size)
         if step == loss.codebook_start:
             state = self.begin_codebook(state, images, key)
         judged = loss.adversarial > 0 and step >= loss.adversarial_start
         program = self.program(step >= loss.codebook_start, judged)
         return program(state, images, key, self.lpips)
 
-    def summary(
-        self, done: int, metrics: list[Metrics], seconds: float, waited: float
-    ) -> dict[str, float]:
-        """Means over the steps since the last line, and how fast they were."""
-        images = self.config.train.batch_size
-        values = averages(metrics, seconds, waited, images_per_step=images)
-        return {**values, "learning_rate": float(self.schedule(done - 1))}
+    def summary(self, done: int, images_per_second: float) -> dict[str, float]:
+        """The learning rate."""
+        return {"learning_rate": float(self.schedule(done - 1))}
 
 
 class _Steps:
@@ -256,7 +271,7 @@ class _Steps:
         """One optimiser step."""
         return self.run.step(step, state, batch, key)
 
-    def sample(self, done: int, state: TokenizerState, log: MetricLog) -> None:
+    def sample(self, done: int, state: TokenizerState, log: Log) -> None:
         """Shows what the moving average makes of the held-out images."""
         look = self.held_out(state.ema)
         write_samples(self.workdir, done, look.picture, log)
