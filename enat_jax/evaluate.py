@@ -4,11 +4,12 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import Array
 from tqdm import tqdm
 
 from enat_jax.config import EvaluateConfig
@@ -16,13 +17,17 @@ from enat_jax.convert.inception import load_inception
 from enat_jax.digests import file_digest, weights_digest
 from enat_jax.errors import UserError
 from enat_jax.features import FeatureExtractor
+from enat_jax.gather import from_first_host, gathered
+from enat_jax.hosts import require_agreement, speaker, speaks
 from enat_jax.metrics.collected import Collected
+from enat_jax.metrics.inception import Features
 from enat_jax.metrics.moments import local_rows
 from enat_jax.metrics.reference import read_reference, write_whole
 from enat_jax.sample import Restored, Sampler, sampler_of
-from enat_jax.sharding import batch_sharding
+from enat_jax.sharding import batch_sharding, batch_shards, put, replicated
 from enat_jax.tokenizers.levels import as_uint8
 
+T = TypeVar("T")
 ENOUGH = 2048  # images: fewer leave the covariance of the pool features short of full rank
 
 
@@ -41,7 +46,8 @@ def evaluate(
 
     Images are class-balanced: image i is of class i modulo the number of classes. What was
     gathered is saved beside `out` every `evaluate.save_every` images, and an evaluation that was
-    stopped goes on from there; these files are removed when the result is written.
+    stopped goes on from there, on the same or another number of hosts; these files are removed
+    when the result is written. Process 0 alone reads and writes them; all hosts call it together.
 
     Args:
         restored: the generator and its config.
@@ -56,8 +62,7 @@ def evaluate(
         UserError: weights or reference statistics that are missing or wrong, a generator without
             a tokenizer, or an unfinished evaluation of something else beside `out`.
     """
-    if jax.process_count() > 1:  # the sampler places arrays of one host
-        raise EvaluateError(f"evaluate runs on one host so far, not on {jax.process_count()}")
+    say = speaker(say)
     cfg = restored.config.evaluate
     missing = [name for name in ("inception", "reference") if not getattr(cfg, name)]
     if missing:
@@ -76,25 +81,33 @@ def evaluate(
             f" than {ENOUGH} images cannot fill a covariance of {ENOUGH} features"
         )
     about = _identity(restored, sampler, seed)
+    require_agreement(about)
     keep_features = cfg.precision_recall and reference.features is not None
     if cfg.precision_recall and not keep_features:
         say(f"no precision and recall: {cfg.reference} holds no features of single images")
     state = _State(pathlib.Path(out), cfg, about, keep_features)
-    extract = FeatureExtractor(inception, sampler.mesh, at_once=cfg.batch_size)
+    at_once = min(cfg.batch_size, restored.config.sample.batch_size)
+    shards = batch_shards(sampler.mesh)
+    if sampler.program.batch_size(cfg.num_images) < shards * at_once:
+        say(
+            f"sample.batch_size = {restored.config.sample.batch_size} leaves room: each of {shards}"
+            f" devices looks at {at_once} images at a time"
+        )
+    extract = FeatureExtractor(inception, sampler.mesh, at_once=at_once)
     saved = state.done
     for done in _run(sampler, state, extract, seed, say):
         if done - saved >= cfg.save_every or done == cfg.num_images:  # scoring can fail, too
             state.save()
             saved = done
-    result = {
-        "scores": {
-            name: each.across_hosts().scores(reference) for name, each in state.collected.items()
-        },
-        **about,
-    }
-    pathlib.Path(out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    state.remove()
-    return result
+
+    def result() -> dict[str, Any]:  # of process 0, where a save leaves everything
+        scores = {name: each.scores(reference) for name, each in state.collected.items()}
+        found = {"scores": scores, **about}
+        pathlib.Path(out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        state.remove()
+        return found
+
+    return from_first_host(result)
 
 
 def _run(
@@ -105,28 +118,61 @@ def _run(
     say: Callable[[str], object],
 ) -> Iterator[int]:
     """Makes the images that are still to be made; yields how many are done."""
-    cfg = sampler.config.evaluate
-    classes = np.arange(cfg.num_images) % sampler.config.model.num_classes
-    start = state.done
+    total, start = sampler.config.evaluate.num_images, state.done
     if start:
         say(f"going on from image {start}")
-    if start == cfg.num_images:
+    if start == total:
         return
-    as_levels = jax.jit(as_uint8)
-    batches = sampler.batches(classes, output="floats", seed=seed, first=start)
-    with tqdm(total=cfg.num_images, initial=start, unit="image", disable=None) as bar:
-        for count, floats in batches:
-            ids = np.arange(state.done, state.done + len(floats))
-            own = local_rows(jax.device_put(ids, batch_sharding(sampler.mesh)))
-            real = own < cfg.num_images  # the last batch is filled up
-            for protocol, collected in state.collected.items():
-                images = floats if protocol == "floats" else as_levels(floats)
-                features = extract(images)
-                rows = jax.tree.map(lambda x, r=real: local_rows(x)[r], features)
-                collected.add(rows, own[real])
+    hidden = None if speaks() else True  # None: hidden where nobody looks
+    with tqdm(total=total, initial=start, unit="image", disable=hidden) as bar:
+        for count, made in _one_ahead(_features(sampler, state, extract, seed)):
+            ids = np.arange(state.done, state.done + sampler.program.batch_size(total))
+            own = local_rows(put(ids.astype(np.int32), batch_sharding(sampler.mesh)))
+            real = own < total  # the last batch is filled up
+            for protocol, (features, single) in made.items():
+                collected = state.collected[protocol]
+                collected.add(jax.tree.map(lambda x, r=real: local_rows(x)[r], features), own[real])
+                if collected.features is not None:
+                    collected.keep(np.asarray(single)[:count], ids[:count])
             state.done += count
             bar.update(count)
             yield state.done
+
+
+def _features(
+    sampler: Sampler, state: "_State", extract: FeatureExtractor, seed: int
+) -> Iterator[tuple[int, dict[str, tuple[Features, Array]]]]:
+    """Asks the devices for batches of images and their features, without waiting for them.
+
+    Yields:
+        The number of images that count; and by protocol their features, split over the devices by
+        image, and where single ones are kept the pool features once more, whole on every host.
+    """
+    classes = np.arange(sampler.config.evaluate.num_images) % sampler.config.model.num_classes
+    as_levels = jax.jit(as_uint8)
+    share = _same
+    if state.keeps_features and jax.process_count() > 1:
+        share = jax.jit(_same, out_shardings=replicated(sampler.mesh))
+    batches = sampler.batches(classes, output="floats", seed=seed, first=state.done)
+    for count, floats in batches:
+        made = {}
+        for protocol in state.collected:
+            features = extract(floats if protocol == "floats" else as_levels(floats))
+            made[protocol] = features, share(features.pool)
+        yield count, made
+
+
+def _same(array: Array) -> Array:
+    return array
+
+
+def _one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each handed out when the next is there: the devices work on that one."""
+    before: list[T] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
 
 
 def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]:
@@ -143,7 +189,7 @@ def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]
         },
         "step": restored.step,
         "model": dataclasses.asdict(config.model),
-        "model_digest": weights_digest(restored.ema),
+        "model_digest": weights_digest(jax.tree.map(gathered, restored.ema)),
         "tokenizer": config.tokenizer.name,
         "tokenizer_dtype": config.tokenizer.dtype,
         "tokenizer_digest": sampler.tokenizer.digest,
@@ -156,7 +202,11 @@ def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]
 
 
 class _State:
-    """What was gathered so far, and where it is kept meanwhile."""
+    """What was gathered so far, and where it is kept meanwhile.
+
+    After a save, process 0 has all that was gathered, and the other hosts have nothing: files are
+    its alone, and any number of hosts can go on from them.
+    """
 
     def __init__(
         self, out: pathlib.Path, cfg: EvaluateConfig, about: dict[str, Any], keep_features: bool
@@ -168,25 +218,31 @@ class _State:
             name: out.with_name(f"{out.name}.{name}.unfinished.npy") if keep_features else None
             for name in protocols
         }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self.done = 0
+        self.keeps_features = keep_features
+        self.collected = {}
+        self.done = from_first_host(lambda: self._open(cfg.num_images, about))
+        if not self.collected:  # on the other hosts
+            self.collected = {name: Collected.empty(cfg.num_images) for name in protocols}
+
+    def _open(self, images: int, about: dict[str, Any]) -> int:
+        """Reads what was saved, or starts; returns how many images are done."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         if not self._path.exists():
             self.collected = {
-                name: Collected.empty(cfg.num_images, file) for name, file in self._features.items()
+                name: Collected.empty(images, file) for name, file in self._features.items()
             }
-            return
+            return 0
         try:
             with open(self._path, "rb") as content, np.load(content, allow_pickle=False) as file:
                 arrays = dict(file)
         except Exception as error:  # NumPy lets pass what zip files raise
             raise EvaluateError(f"cannot read {self._path}: {error}; remove it") from error
         self._refuse_another(json.loads(str(arrays["about"])), about)
-        self.done = int(arrays["done"])
-        self.collected = {}
         for name, file in self._features.items():
             prefix = f"{name}/"
             own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
             self.collected[name] = Collected.from_arrays(own, file)
+        return int(arrays["done"])
 
     def _refuse_another(self, there: dict[str, Any], here: dict[str, Any]) -> None:
         here = json.loads(json.dumps(here))
@@ -198,7 +254,11 @@ class _State:
             )
 
     def save(self) -> None:
-        """Writes what was gathered, whole or not at all."""
+        """Writes what all hosts gathered, whole or not at all; all call it together."""
+        self.collected = {name: each.to_first_host() for name, each in self.collected.items()}
+        from_first_host(self._write)
+
+    def _write(self) -> None:
         arrays: dict[str, Any] = {"about": np.array(self._about), "done": np.array(self.done)}
         for name, each in self.collected.items():
             arrays |= {f"{name}/{key}": value for key, value in each.as_arrays().items()}

@@ -6,8 +6,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
+from enat_jax.chunks import map_in_chunks
 from enat_jax.metrics.inception import Features, Inception
-from enat_jax.sharding import map_in_chunks, replicated
+from enat_jax.sharding import batch_sharding, put, replicated
 
 
 class FeatureExtractor:
@@ -15,13 +16,13 @@ class FeatureExtractor:
 
     Args:
         inception: the network.
-        mesh: devices that share a batch.
+        mesh: devices that share a batch, of any number of hosts.
         at_once: images that a device looks at at a time.
     """
 
     def __init__(self, inception: Inception, mesh: Mesh, *, at_once: int = 16):
         graphdef, state = nnx.split(inception)
-        self._state = jax.device_put(state, replicated(mesh))
+        self._state = put(state, replicated(mesh))
 
         def features(state: nnx.State, images: Shaped[Array, "b y x 3"]) -> Features:
             network = nnx.merge(graphdef, state)
@@ -32,8 +33,8 @@ class FeatureExtractor:
 
             return map_in_chunks(some, images, mesh, at_once)
 
-        self._features = jax.jit(features)
+        self._features = jax.jit(features, out_shardings=batch_sharding(mesh))
 
     def __call__(self, images: Shaped[Array, "b y x 3"]) -> Features:
-        """Features of images, uint8 or floats in [0, 1], split over the mesh by image."""
+        """Features of images, uint8 or floats in [0, 1]; both lie split over the mesh by image."""
         return self._features(self._state, images)

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from enat_jax.convert.inception import load_inception
 from enat_jax.features import FeatureExtractor
+from enat_jax.gather import gathered
 from enat_jax.image_source import ImageError, ImageSource, UnreadableImage
 from enat_jax.images import image_grid
 from enat_jax.metrics.inception import POOL_FEATURES
 from enat_jax.metrics.moments import Moments
 from enat_jax.metrics.scores import frechet_distance_of_moments
-from enat_jax.sharding import batch_sharding, batch_shards, replicated
+from enat_jax.sharding import batch_sharding, batch_shards, put, replicated
 from enat_jax.tokenizers.levels import as_uint8
 
 _PER_ROW = 8  # originals in a row of the picture
@@ -64,8 +65,8 @@ class HeldOut:
     Args:
         graphdef: of the VQGAN.
         codes: in its codebook.
-        images: what to look at.
-        mesh: devices that share a batch.
+        images: what to look at, the same on every host.
+        mesh: devices that share a batch, of any number of hosts.
         name: what the log calls them.
         batch_size: images per call, rounded up to what the devices can share.
         pictures: images in the picture.
@@ -104,7 +105,10 @@ class HeldOut:
         self._look = jax.jit(look, out_shardings=(batch_sharding(mesh), *2 * [replicated(mesh)]))
 
     def __call__(self, params: nnx.State) -> Look:
-        """Reconstructs every image; rounded to 8 bits for the picture and for rFID."""
+        """Reconstructs every image; rounded to 8 bits for the picture and for rFID.
+
+        All hosts call it together, and all have the same back.
+        """
         errors, token_ids, shown, made_moments = [], [], [], _NO_MOMENTS
         for start in range(0, len(self._images), self._batch_size):
             placed, count = self._batch(start)
@@ -112,7 +116,7 @@ class HeldOut:
             errors.append(np.asarray(error)[:count])
             token_ids.append(np.asarray(ids)[:count])
             if start < self._pictures:
-                shown.append(self._on_host(made)[:count])
+                shown.append(gathered(made)[:count])
             if self._features:
                 made_moments = made_moments.add(self._pool(made)[:count])
         scores = {
@@ -128,14 +132,11 @@ class HeldOut:
         """Images on the devices, the last one repeated to fill the batch; how many they are."""
         count = min(self._batch_size, len(self._images) - start)
         rows = start + np.minimum(np.arange(self._batch_size), count - 1)
-        return jax.device_put(self._images[rows], batch_sharding(self._mesh)), count
-
-    def _on_host(self, array: Array) -> np.ndarray:
-        return np.asarray(jax.device_put(array, replicated(self._mesh)))
+        return put(self._images[rows], batch_sharding(self._mesh)), count
 
     def _pool(self, images: Array) -> np.ndarray:
         assert self._features is not None
-        return self._on_host(self._features(images).pool)
+        return gathered(self._features(images).pool)
 
     def _distance(self, made: Moments) -> float:
         """Frechet distance between the originals' features and the reconstructions'."""

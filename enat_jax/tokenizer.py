@@ -99,12 +99,36 @@ def load_tokenizer(
     if cfg.name == "pixels":
         return PixelTokenizer(codebook_size)
     vqgan, params = load_vqgan(cfg.weights, dtype=cfg.dtype, mesh=mesh)
+    _check_codebook(cfg, vqgan, codebook_size)
+    return VQGANTokenizer(vqgan, params, weights_digest(params))
+
+
+def abstract_tokenizer(cfg: TokenizerConfig, codebook_size: int) -> Tokenizer | None:
+    """The tokenizer a config names with shapes for weights, None for `none`.
+
+    Its sizes are those of `tokenizer.weights`, or MaskGIT's where nothing is there yet.
+
+    Raises:
+        UserError: something else there than a VQGAN, or one of another codebook size.
+    """
+    if cfg.name in ("none", "pixels"):
+        return load_tokenizer(cfg, codebook_size)
+    if (pathlib.Path(cfg.weights) / CHECKPOINTS).is_dir():
+        vqgan, _ = _read_vqgan_config(cfg.weights, cfg.dtype)
+        _check_codebook(cfg, vqgan, codebook_size)
+    else:
+        vqgan = VQGANConfig(dtype=cfg.dtype)
+        if codebook_size:
+            vqgan = dataclasses.replace(vqgan, codebook_size=codebook_size)
+    return VQGANTokenizer(vqgan, abstract_vqgan(vqgan)[1], digest="")
+
+
+def _check_codebook(cfg: TokenizerConfig, vqgan: VQGANConfig, codebook_size: int) -> None:
     if codebook_size not in (0, vqgan.codebook_size):
         raise ConfigError(
             f"config: model.codebook_size = {codebook_size}, the VQGAN in {cfg.weights} has"
             f" {vqgan.codebook_size}"
         )
-    return VQGANTokenizer(vqgan, params, weights_digest(params))
 
 
 def abstract_vqgan(cfg: VQGANConfig) -> tuple[Any, nnx.State]:
@@ -125,15 +149,7 @@ def load_vqgan(
     Raises:
         CheckpointError: no readable checkpoint of a VQGAN there.
     """
-    folder = pathlib.Path(path) / CHECKPOINTS
-    if not folder.is_dir():
-        raise CheckpointError(f"tokenizer.weights = {os.fspath(path)!r} is no workdir of a VQGAN")
-    checkpoints = Checkpoints(folder, read_only=True)
-    metadata = checkpoints.metadata()
-    if "vqgan" not in metadata:
-        raise CheckpointError(f"{folder} holds another model than a VQGAN")
-    cfg = make_config(VQGANConfig, metadata["vqgan"], lambda _: [])
-    cfg = dataclasses.replace(cfg, dtype=dtype)
+    cfg, checkpoints = _read_vqgan_config(path, dtype)
     _, abstract = abstract_vqgan(cfg)
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
@@ -144,3 +160,15 @@ def load_vqgan(
     found = checkpoints.restore({"ema": target})
     assert found is not None  # its metadata were there
     return cfg, found[1]["ema"]
+
+
+def _read_vqgan_config(path: str | os.PathLike[str], dtype: str) -> tuple[VQGANConfig, Checkpoints]:
+    folder = pathlib.Path(path) / CHECKPOINTS
+    if not folder.is_dir():
+        raise CheckpointError(f"tokenizer.weights = {os.fspath(path)!r} is no workdir of a VQGAN")
+    checkpoints = Checkpoints(folder, read_only=True)
+    metadata = checkpoints.metadata(trees=["ema"])
+    if "vqgan" not in metadata:
+        raise CheckpointError(f"{folder} holds another model than a VQGAN")
+    cfg = make_config(VQGANConfig, metadata["vqgan"], lambda _: [])
+    return dataclasses.replace(cfg, dtype=dtype), checkpoints

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from on_hosts import on_two_hosts
 
 from enat_jax import evaluate as job
 from enat_jax.config import override_config
 from enat_jax.errors import UserError
 from enat_jax.evaluate import evaluate
+from enat_jax.metrics import collected
 from enat_jax.metrics.inception import Features, Inception
 from enat_jax.metrics.reference import Reference
 from enat_jax.metrics.scores import frechet_distance_of_moments, inception_score
@@ -43,15 +45,18 @@ def reference(features=True):
     )  # fmt: skip
 
 
+def patch(setattr):
+    """Puts small features in the place of Inception's."""
+    for name, size in (("POOL_FEATURES", P), ("SPATIAL_FEATURES", Q), ("CLASSES", C)):
+        setattr(collected, name, size)
+    setattr(job, "load_inception", lambda path, digest: FakeInception())
+    setattr(job, "read_reference", lambda path: reference())
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """An evaluation of a tiny run, with small features; files that are named are there."""
-    from enat_jax.metrics import collected
-
-    for name, size in (("POOL_FEATURES", P), ("SPATIAL_FEATURES", Q), ("CLASSES", C)):
-        monkeypatch.setattr(collected, name, size)
-    monkeypatch.setattr(job, "load_inception", lambda path, digest: FakeInception())
-    monkeypatch.setattr(job, "read_reference", lambda path: reference())
+    patch(monkeypatch.setattr)
     (tmp_path / "inception.pth").write_bytes(b"weights")
     (tmp_path / "reference.npz").write_bytes(b"statistics")
     return tmp_path
@@ -111,9 +116,11 @@ class Stopped(Exception):
     pass
 
 
-def test_an_evaluation_that_was_stopped_goes_on_to_the_same_scores(trained, small, monkeypatch):
-    options = ("sample.batch_size=4", "evaluate.save_every=8")
-    whole = evaluate(restored(trained, small, *options), small / "a.json", say=lambda _: None)
+BATCHED = ("sample.batch_size=4", "evaluate.save_every=8")
+
+
+def stop(run, out, say=lambda _: None):
+    """Evaluates until image 20 of 23, which no save has seen; the last saved is image 16."""
     add, seen = job.Collected.add, []
 
     def stopping(self, features, indices):
@@ -122,15 +129,87 @@ def test_an_evaluation_that_was_stopped_goes_on_to_the_same_scores(trained, smal
         seen.append(indices)
         add(self, features, indices)
 
-    monkeypatch.setattr(job.Collected, "add", stopping)
-    with pytest.raises(Stopped):
-        evaluate(restored(trained, small, *options), small / "b.json", say=lambda _: None)
-    assert not (small / "b.json").exists()
-    monkeypatch.setattr(job.Collected, "add", add)
+    job.Collected.add = stopping
+    try:
+        with pytest.raises(Stopped):
+            evaluate(run, out, say=say)
+    finally:
+        job.Collected.add = add
+    assert not out.exists()
+
+
+def test_an_evaluation_that_was_stopped_goes_on_to_the_same_scores(trained, small):
+    whole = evaluate(restored(trained, small, *BATCHED), small / "a.json", say=lambda _: None)
+    stop(restored(trained, small, *BATCHED), small / "b.json")
     lines = []
-    again = evaluate(restored(trained, small, *options), small / "b.json", say=lines.append)
+    again = evaluate(restored(trained, small, *BATCHED), small / "b.json", say=lines.append)
     assert "going on from image 16" in lines
     assert again == whole
+
+
+# As above on two hosts of two devices each; of several files, process 0 alone may write.
+ON_TWO_HOSTS = """
+import builtins, json, pathlib
+import test_evaluate as t
+workdir, folder = map(pathlib.Path, arguments)
+t.patch(builtins.setattr)
+run = t.restored(workdir, folder, *t.BATCHED)
+own = folder if process == 0 else folder / "elsewhere"  # hosts need no folder in common
+lines = []
+t.stop(run, own / "stopped_on_two.json")
+done = t.evaluate(run, own / "stopped_on_one.json", say=lines.append)
+assert ("going on from image 16" in lines) == (process == 0)
+assert any("leaves room: each of 4 devices" in line for line in lines) == (process == 0)
+with open(f"{folder}/returned.{process}.json", "w") as file:
+    json.dump(done, file)
+assert own.exists() == (process == 0)
+"""
+
+
+def assert_same_result(found, one):
+    """The same but for the order of sums."""
+    scores, expected = found.pop("scores"), dict(one)
+    for protocol, values in expected.pop("scores").items():
+        assert values.keys() == scores[protocol].keys()
+        for name, value in values.items():
+            assert scores[protocol][name] == pytest.approx(value, rel=1e-9), name
+    assert found == json.loads(json.dumps(expected))
+
+
+def test_two_hosts_find_one_hosts_scores_however_they_were_stopped(trained, small):
+    one = evaluate(restored(trained, small, *BATCHED), small / "one.json", say=lambda _: None)
+    stop(restored(trained, small, *BATCHED), small / "stopped_on_one.json")
+    on_two_hosts(ON_TWO_HOSTS, trained, small)
+    lines = []
+    there = small / "stopped_on_two.json"
+    evaluate(restored(trained, small, *BATCHED), there, say=lines.append)
+    assert "going on from image 16" in lines
+    for process in range(2):
+        assert_same_result(json.loads((small / f"returned.{process}.json").read_text()), one)
+    for name in ("stopped_on_one", "stopped_on_two"):
+        assert_same_result(json.loads((small / f"{name}.json").read_text()), one)
+    assert not list(small.glob("*unfinished*"))
+
+
+HOSTS_THAT_DISAGREE = """
+import builtins, pathlib
+import test_evaluate as t
+from enat_jax.errors import UserError
+workdir, folder = map(pathlib.Path, arguments)
+t.patch(builtins.setattr)
+try:
+    t.evaluate(t.restored(workdir, folder), folder / "a.json", seed=process)
+except UserError as error:
+    assert str(error) == "hosts disagree: seed = 0 on process 0, 1 on process 1", error
+else:
+    raise AssertionError
+"""
+
+
+@pytest.mark.slow
+def test_hosts_that_were_asked_for_different_things_are_told_so(trained, small):
+    on_two_hosts(HOSTS_THAT_DISAGREE, trained, small)
+    assert not (small / "a.json").exists()
 
 
 def test_an_unfinished_evaluation_of_something_else_is_named(trained, small, monkeypatch):
@@ -160,6 +239,18 @@ def test_images_are_not_lost_where_their_scores_cannot_be_had(trained, small, mo
     monkeypatch.setattr(job.Collected, "scores", scores)
     monkeypatch.setattr(job.Sampler, "batches", None)  # no image is made again
     assert evaluate(restored(trained, small), small / "b.json", say=lambda _: None) == whole
+
+
+def test_devices_have_the_next_batch_before_one_is_looked_at():
+    asked = []
+
+    def batches():
+        for number in range(3):
+            asked.append(number)
+            yield number
+
+    seen = [(number, len(asked)) for number in job._one_ahead(batches())]
+    assert seen == [(0, 2), (1, 3), (2, 3)]
 
 
 def test_each_protocol_sees_its_own_images(trained, small, monkeypatch):
@@ -201,12 +292,6 @@ def test_without_single_features_precision_and_recall_are_left_out(trained, smal
 
 
 class TestRefusals:
-    def test_several_hosts(self, trained, small, monkeypatch):
-        run = restored(trained, small)
-        monkeypatch.setattr(job.jax, "process_count", lambda: 2)
-        with pytest.raises(UserError, match="runs on one host so far, not on 2"):
-            evaluate(run, small / "a.json")
-
     def test_files_that_are_not_named(self, trained, small):
         with pytest.raises(UserError, match=r"evaluate\.inception and evaluate\.reference must"):
             evaluate(

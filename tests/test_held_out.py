@@ -1,7 +1,10 @@
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from on_hosts import on_two_hosts
 
 from enat_jax import held_out as held_out_module
 from enat_jax.held_out import HeldOut, psnr, read_images, usage
@@ -82,6 +85,38 @@ def test_rfid_is_between_originals_and_reconstructions(split, monkeypatch):
     expected = frechet_distance(IMAGES.reshape(5, -1)[:, :16], made.reshape(5, -1)[:, :16])
     found = look(split, 2, inception="weights.pth").scores["rfid"]
     assert found == pytest.approx(expected, rel=0.02)  # a value may be rounded the other way
+
+
+TWO_HOSTS = """
+import json
+import test_held_out as t
+from flax import nnx
+from enat_jax.sharding import make_mesh, MeshConfig, put, replicated
+class Extractor:
+    def __init__(self, inception, mesh):
+        pass
+    def __call__(self, images):
+        values = images.reshape(len(images), -1)[:, :16].astype("float32")
+        return t.Features(values, values, values)
+t.held_out_module.FeatureExtractor = Extractor
+t.held_out_module.load_inception = lambda path: path
+t.held_out_module._NO_MOMENTS = t.held_out_module.Moments.empty(16)
+graphdef, params = nnx.split(t.VQGAN(t.CFG, rngs=nnx.Rngs(0)), nnx.Param)
+params = put(params, replicated(make_mesh(MeshConfig())))
+found = t.look((graphdef, params), 5, inception="weights.pth")
+with open(f"{arguments[0]}/{process}.json", "w") as file:
+    json.dump([found.scores, found.picture.tolist()], file)
+"""
+
+
+def test_two_hosts_see_what_one_sees(split, tmp_path):
+    on_two_hosts(TWO_HOSTS, tmp_path)
+    one = look(split, 5)
+    for process in range(2):
+        scores, picture = json.loads((tmp_path / f"{process}.json").read_text())
+        assert scores.pop("rfid") >= 0
+        assert scores == pytest.approx(one.scores, rel=1e-5)
+        np.testing.assert_allclose(picture, one.picture.astype(int), atol=1)
 
 
 class Numbers(ImageSource):

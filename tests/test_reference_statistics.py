@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from on_hosts import on_two_hosts
 from PIL import Image
 
 from enat_jax import reference_statistics as job
@@ -10,6 +11,8 @@ from enat_jax.image_source import ImageConfig
 from enat_jax.metrics.inception import Features, Inception
 from enat_jax.reference_statistics import reference_statistics
 from enat_jax.sharding import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 P, Q = 12, 5
 
@@ -26,11 +29,16 @@ class FakeInception(Inception):
         return Features(pool, columns.reshape(len(images), -1)[:, :Q], pool)
 
 
+def patch(setattr):
+    """Puts small features in the place of Inception's."""
+    setattr(job, "POOL_FEATURES", P)
+    setattr(job, "SPATIAL_FEATURES", Q)
+    setattr(job, "load_inception", lambda path, digest: FakeInception())
+
+
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(job, "POOL_FEATURES", P)
-    monkeypatch.setattr(job, "SPATIAL_FEATURES", Q)
-    monkeypatch.setattr(job, "load_inception", lambda path, digest: FakeInception())
+    patch(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -101,3 +109,43 @@ def test_without_weights_the_field_is_named(pictures, tmp_path):
             ImageConfig(folder=str(pictures[0])), EvaluateConfig(), tmp_path / "s.npz", size=4,
             mesh=make_mesh(MeshConfig()), say=print,
         )  # fmt: skip
+
+
+TWO_HOSTS = """
+import builtins, pathlib
+import pytest
+import test_reference_statistics as t
+from enat_jax.errors import UserError
+t.patch(builtins.setattr)
+t.job.MOST_FEATURES = 4
+folder = pathlib.Path(arguments[0])
+def run(out, **images):
+    said = []
+    t.reference_statistics(
+        t.ImageConfig(folder=str(folder / "pictures"), **images),
+        t.EvaluateConfig(inception="x", batch_size=4), out, size=4,
+        mesh=t.make_mesh(t.MeshConfig()), say=said.append)
+    return said
+elsewhere = folder / f"of_{process}.npz"  # process 0 alone writes
+said = run(elsewhere, max_unreadable=0.1)
+assert any("a/02.png" in line for line in said) == (process == 0), said  # each names its own
+with pytest.raises(UserError, match="1 of 11 images are unreadable"):
+    run(folder / "refused.npz")
+"""
+
+
+def test_two_hosts_find_one_hosts_statistics(small, pictures, tmp_path, monkeypatch):
+    folder, _ = pictures
+    (folder / "a/02.png").write_bytes(b"")
+    monkeypatch.setattr(job, "MOST_FEATURES", 4)
+    one = run(folder, tmp_path / "s.npz", max_unreadable=0.1)
+    on_two_hosts(TWO_HOSTS, tmp_path)
+    assert not (tmp_path / "of_1.npz").exists()
+    assert not (tmp_path / "refused.npz").exists()
+    with np.load(tmp_path / "of_0.npz") as found:
+        assert set(found.files) == set(one)
+        for name, array in one.items():
+            if array.dtype.kind == "f":
+                np.testing.assert_allclose(found[name], array, rtol=1e-9, atol=1e-12)
+            else:
+                assert found[name] == array

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from on_hosts import on_devices, on_two_hosts
 
 import enat_jax
 from enat_jax.checkpoint import CheckpointError
@@ -60,7 +61,8 @@ class TestImages:
         whole = tokens(model, classes)
         for size in (2, 4):
             sample = dataclasses.replace(model.config.sample, batch_size=size)
-            monkeypatch.setattr(model, "config", dataclasses.replace(model.config, sample=sample))
+            config = dataclasses.replace(model.config, sample=sample)
+            monkeypatch.setattr(model.program, "config", config)
             batches = list(model.token_batches(classes))
             assert [len(batch) for batch in batches] == [
                 min(size, 5 - start) for start in range(0, 5, size)
@@ -191,3 +193,49 @@ class TestLoading:
             enat_jax.load(trained, overrides=lambda f: override_config(f, ["model.num_classes=11"]))
         with pytest.raises(ConfigError, match=r"model\.width = 17"):
             enat_jax.load(trained, overrides=lambda f: override_config(f, ["model.width=17"]))
+
+
+# Generates what the tests below compare, on every mesh named; all hosts have all of it.
+GENERATE = """
+import enat_jax
+from enat_jax.config import override_config
+workdir, out, classes, *meshes = arguments
+classes = [int(c) for c in classes.split(",")]
+for number, mesh in enumerate(meshes):
+    data, fsdp, tensor, placement, what = mesh.split()
+    changes = [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}",
+               f"mesh.placement={placement}", "sample.batch_size=8"]
+    model = enat_jax.load(workdir, overrides=lambda fields: override_config(fields, changes))
+    shares = {leaf.size // leaf.addressable_shards[0].data.size
+              for leaf in jax.tree.leaves(model.params)}
+    batches = list(getattr(model, f"{what}_batches")(classes))
+    np.savez(f"{out}.{number}.{process}.npz", made=np.concatenate(batches),
+             shares=sorted(shares), counts=[len(batch) for batch in batches])
+"""
+CLASSES = [3, 7, 0, 1, 10, 9, 9, 2, 5, 4, 8]  # two batches, the second filled up
+
+
+def assert_same_images(found, model, what):
+    whole = model.sample(CLASSES) if what == "image" else tokens(model, CLASSES)
+    np.testing.assert_array_equal(found["made"], whole)
+    assert found["counts"].tolist() == [8, 3]
+
+
+def test_two_hosts_give_one_hosts_images_on_each_of_them(model, trained, tmp_path):
+    meshes = ("4 1 1 zero2 token", "1 2 2 fsdp image")
+    on_two_hosts(GENERATE, trained, tmp_path / "made", ",".join(map(str, CLASSES)), *meshes)
+    for number, mesh in enumerate(meshes):
+        for process in range(2):
+            found = np.load(tmp_path / f"made.{number}.{process}.npz")
+            assert_same_images(found, model, mesh.split()[-1])
+
+
+def test_eight_devices_give_one_devices_images_whatever_they_share_out(model, trained, tmp_path):
+    meshes = {"8 1 1 zero2 image": {1}, "2 2 2 zero2 token": {1, 2, 4},
+              "2 2 2 fsdp token": {1, 2, 4}, "1 4 2 replicated token": {1, 2}}  # fmt: skip
+    classes = ",".join(map(str, CLASSES))
+    on_devices(GENERATE, trained, tmp_path / "made", classes, *meshes, devices=8)
+    for number, (mesh, shares) in enumerate(meshes.items()):
+        found = np.load(tmp_path / f"made.{number}.0.npz")
+        assert_same_images(found, model, mesh.split()[-1])
+        assert set(found["shares"]) == shares

@@ -11,7 +11,7 @@ from enat_jax.config import TokenizerConfig
 from enat_jax.config_file import ConfigError
 from enat_jax.digests import weights_digest
 from enat_jax.sharding import MeshConfig, make_mesh
-from enat_jax.tokenizer import abstract_vqgan, load_tokenizer, load_vqgan
+from enat_jax.tokenizer import abstract_tokenizer, abstract_vqgan, load_tokenizer, load_vqgan
 from enat_jax.tokenizers.pixels import Pixels
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -103,6 +103,28 @@ class TestDigest:
         _, abstract = abstract_vqgan(CFG)
         ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), abstract)
         assert weights_digest(ones)[:16] == "d44854b950e0caf8"
+
+
+class TestShapes:
+    def test_a_workdir_tells_the_shapes_of_its_weights(self, workdir):
+        described = abstract_tokenizer(config(workdir, dtype="bfloat16"), 7)
+        assert described.cfg == dataclasses.replace(CFG, dtype="bfloat16")
+        loaded = load_tokenizer(config(workdir), 7)
+        assert jax.tree.map(jnp.shape, described.params) == jax.tree.map(jnp.shape, loaded.params)
+        assert isinstance(jax.tree.leaves(described.params)[0], jax.ShapeDtypeStruct)
+
+    def test_where_nothing_is_there_yet_they_are_maskgits(self, tmp_path):
+        described = abstract_tokenizer(config(tmp_path / "none"), 9)
+        assert described.cfg == VQGANConfig(codebook_size=9)
+
+    def test_another_codebook_size_is_named(self, workdir):
+        with pytest.raises(ConfigError, match=r"model\.codebook_size = 9, the VQGAN .* has 7"):
+            abstract_tokenizer(config(workdir), 9)
+
+    def test_pixels_and_none_have_no_weights(self):
+        pixels = abstract_tokenizer(TokenizerConfig(name="pixels", grid=(2, 2)), 17)
+        assert jax.tree.leaves(pixels.params) == []
+        assert abstract_tokenizer(TokenizerConfig(name="none"), 17) is None
 
 
 class TestRefusals:

@@ -22,9 +22,9 @@ from enat_jax.convert.torch_pickle import WeightFileError
 from enat_jax.convert.verify import Comparison, verify
 from enat_jax.convert.verify_images import verify_inception, verify_vqgan
 from enat_jax.digests import file_digest
+from enat_jax.generation_program import abstract_params
 from enat_jax.metrics.inception import Inception
 from enat_jax.models.enat import ENAT
-from enat_jax.sample import abstract_params
 from enat_jax.tokenizer import CHECKPOINTS, abstract_vqgan
 from enat_jax.tokenizers.vqgan import VQGANConfig
 

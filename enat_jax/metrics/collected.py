@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -53,7 +54,7 @@ class Collected:
         )
 
     def add(self, features: Features, indices: Int[np.ndarray, " b"]) -> None:
-        """Adds images of given indices, in `[0, images)`; each image once.
+        """Adds images of given indices, in `[0, images)`, to the sums; each image once.
 
         Raises:
             UserError: features that are not finite.
@@ -62,8 +63,11 @@ class Collected:
         self.spatial = self.spatial.add(features.spatial)
         if self.sums is not None:
             self.sums = self.sums.add(np.asarray(features.logits), indices)
+
+    def keep(self, pool: Float[np.ndarray, "b p"], indices: Int[np.ndarray, " b"]) -> None:
+        """Keeps the pool features of images of given indices, where single ones are kept."""
         if self.features is not None:
-            self.features[indices] = features.pool
+            self.features[indices] = pool
 
     def as_arrays(self) -> dict[str, np.ndarray]:
         """The sums by name, for a file; the single features are in theirs."""
@@ -99,10 +103,24 @@ class Collected:
             features=features,
         )
 
-    def across_hosts(self) -> "Collected":
-        """The sums over all hosts, on every host; all hosts call it together."""
+    def to_first_host(self) -> "Collected":
+        """The sums over all hosts, on process 0; nothing yet on the others, which start again.
+
+        So what is saved of process 0 is all there is, and whatever is gathered later counts once,
+        on however many hosts. All hosts call it together.
+        """
+        if jax.process_count() == 1:
+            return self
         sums = None if self.sums is None else scores_across_hosts(self.sums)
-        return type(self)(across_hosts(self.pool), across_hosts(self.spatial), sums, self.features)
+        pool, spatial = across_hosts(self.pool), across_hosts(self.spatial)
+        if jax.process_index() == 0:
+            return type(self)(pool, spatial, sums, self.features)
+        return type(self)(
+            pool=Moments.empty(POOL_FEATURES),
+            spatial=Moments.empty(SPATIAL_FEATURES),
+            sums=None if sums is None else ScoreSums.empty(sums.total, CLASSES),
+            features=None,
+        )
 
     def scores(self, reference: Reference) -> dict[str, Any]:
         """FID, sFID, Inception Score, precision and recall, as far as the reference allows."""
