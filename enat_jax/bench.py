@@ -13,32 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from enat_jax.accelerators import accelerator_of
 from enat_jax.config import Config, TokenizerConfig
 from enat_jax.errors import UserError
 from enat_jax.models.enat import ENAT
 from enat_jax.models.flops import generation_flops, step_flops, training_flops
 from enat_jax.plans import padding
+from enat_jax.run import Run
 from enat_jax.sample import Layers, Sampler
 from enat_jax.sharding import batch_sharding, make_mesh, replicated
 from enat_jax.tokenizer import CHECKPOINTS, abstract_vqgan, load_vqgan
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from enat_jax.tokenizers.vqgan_flops import decode_flops, encode_flops
-from enat_jax.train import Run
 
 _MATMUL = 2048
 _WHAT = ("sample", "train", "encode", "decode")
-
-# dense 16-bit peak, FLOP/s, from the vendors' data sheets; by jax's device_kind
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def bench(
@@ -245,13 +234,13 @@ def _timed(call: Callable[[], Any], flops: float, repeats: int) -> tuple[float, 
 
 
 def _rates(flops: float, seconds: float, ratio: float) -> dict[str, Any]:
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    accelerator = accelerator_of(jax.devices()[0].device_kind)
     rate = flops / seconds
     return {
         "seconds": seconds,
         "gigaflop_per_second": rate / 1e9,
         "of_float32_matmul_rate": ratio,
-        "mfu": rate / (peak * jax.device_count()) if peak else None,
+        "mfu": rate / (accelerator.flops * jax.device_count()) if accelerator else None,
     }
 
 
