@@ -10,12 +10,14 @@ from enat_jax.verbs import (
     bench,
     convert,
     evaluate,
+    host_flags,
     sample,
     statistics,
     tokenize,
     train,
     train_tokenizer,
 )
+from enat_jax.verbs import compile as compile_ahead
 
 VERBS: dict[str, Any] = {
     "train": train,
@@ -26,6 +28,7 @@ VERBS: dict[str, Any] = {
     "statistics": statistics,
     "convert": convert,
     "bench": bench,
+    "compile": compile_ahead,
 }
 
 
@@ -60,9 +63,11 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"no such argument: {' '.join(left[1:])}")
         return verb.run(values, overrides)
     except (UserError, flags.Error, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"enat {name}: {message}", file=sys.stderr)
-        return 1
+        return host_flags.end(f"enat {name}: {' '.join(str(error).split())}", 1)
+    except KeyboardInterrupt:
+        return host_flags.end(f"enat {name}: interrupted", 130)
+    except Exception as error:
+        return host_flags.end_by(error, name)
 
 
 def run() -> Any:

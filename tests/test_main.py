@@ -68,8 +68,18 @@ class TestHelp:
         assert "--config.SECTION.FIELD=value overrides a field" in out
         wanted = {"train": "--workdir", "sample": "--per_class", "convert": "--verify",
                   "bench": "--batch_sizes", "tokenize": "--check", "evaluate": "--seed",
-                  "statistics": "--size", "train_tokenizer": "--workdir"}  # fmt: skip
+                  "statistics": "--size", "train_tokenizer": "--workdir",
+                  "compile": "--topology"}  # fmt: skip
         assert wanted[verb] in out
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_verbs_that_run_on_several_hosts_say_how(self, capsys, verb):
+        assert main([verb, "--help"]) == 0
+        out, _ = capsys.readouterr()
+        several = verb in ("train", "train_tokenizer", "tokenize", "statistics", "sample",
+                           "evaluate")  # fmt: skip
+        for flag in ("coordinator", "num_processes", "process_id", "wait"):
+            assert (f"--{flag}:" in out) == several
 
     def test_an_unknown_verb_is_named_and_the_verbs_are_listed(self, capsys):
         assert main(["trian", "--workdir=x"]) == 2
@@ -95,6 +105,32 @@ class TestErrors:
     )  # fmt: skip
     def test_a_missing_flag_is_named(self, fails, verb, flag):
         assert f"--{flag}" in fails(verb)
+
+    def test_flags_of_several_hosts_that_say_too_little_are_named(self, fails):
+        message = fails("train", "--config=none.py", "--workdir=x", "--coordinator=host:1")
+        assert message == "--coordinator=host:1 alone: give --num_processes, --process_id as well"
+
+    def test_a_coordinator_that_cannot_be_reached_is_named_with_the_wait(self, fails):
+        message = fails("train", "--config=none.py", "--workdir=x", "--num_processes=2",
+                        "--coordinator=nowhere.invalid:1", "--process_id=1",
+                        "--wait=1")  # fmt: skip
+        assert message.startswith("process 1 waited 1 s for process 0 at nowhere.invalid:1: ")
+
+    def test_an_interrupt_is_a_line_and_130(self, monkeypatch, capsys):
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(VERBS["train"], "run", interrupted)
+        assert main(["train", "--config=x", "--workdir=x"]) == 130
+        assert capsys.readouterr() == ("", "enat train: interrupted\n")
+
+    def test_an_error_that_nobody_foresaw_keeps_its_traceback(self, monkeypatch):
+        def broken(*_):
+            raise ZeroDivisionError("of our own making")
+
+        monkeypatch.setattr(VERBS["train"], "run", broken)
+        with pytest.raises(ZeroDivisionError, match="of our own making"):
+            main(["train", "--config=x", "--workdir=x"])
 
     @pytest.mark.parametrize("verb", ["train", "bench"])
     def test_a_missing_config_file_is_named(self, fails, verb):
@@ -212,6 +248,17 @@ class TestSamples:
             assert arrays["token_ids"].shape == (2, 64)
             assert arrays["token_ids"].max() < 17
             np.testing.assert_array_equal(arrays["class_ids"], [1, 2])
+
+    @pytest.mark.parametrize("kind", ["grid", "png", "npz", "tokens"])
+    def test_of_several_hosts_the_first_alone_writes(
+        self, trained, tmp_path, monkeypatch, capsys, kind
+    ):
+        monkeypatch.setattr("enat_jax.hosts.speaks", lambda: False)
+        out = tmp_path / "made" / "images.npz"
+        arguments = [f"--workdir={trained}", f"--out={out}", f"--format={kind}", "--classes=1"]
+        assert main(["sample", *arguments, "--per_class=1"]) == 0
+        assert capsys.readouterr() == ("", "")
+        assert not out.parent.exists()
 
     def test_overrides_reach_the_strategy(self, trained, tmp_path, capsys):
         arguments = ["sample", f"--workdir={trained}", f"--out={tmp_path / 'x.png'}",

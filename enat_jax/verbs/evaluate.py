@@ -4,6 +4,8 @@ import json
 
 from absl import flags
 
+from enat_jax.verbs import host_flags
+
 
 def define(values: flags.FlagValues) -> None:
     """Defines the verb's flags."""
@@ -13,13 +15,16 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "step", None, "which checkpoint; the newest by default", flag_values=values
     )
+    host_flags.define(values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     """Does the job; returns the exit code."""
+    host_flags.connect(args)
     from enat_jax.compilation_cache import keep_compiled_programs
     from enat_jax.config import override_config
     from enat_jax.evaluate import evaluate
+    from enat_jax.hosts import speaker
     from enat_jax.sample import restore
 
     keep_compiled_programs()
@@ -27,6 +32,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         args.workdir, step=args.step, overrides=lambda fields: override_config(fields, overrides)
     )
     result = evaluate(restored, args.out, seed=args.seed)
-    print(json.dumps(result["scores"], indent=2))
-    print(f"wrote {args.out}")
+    say = speaker(print)
+    say(json.dumps(result["scores"], indent=2))
+    say(f"wrote {args.out}")
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 
 from enat_jax.errors import UserError
+from enat_jax.verbs import host_flags
 
 
 def define(values: flags.FlagValues) -> None:
@@ -22,15 +23,18 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "step", None, "which checkpoint; the newest by default", flag_values=values
     )
+    host_flags.define(values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     """Does the job; returns the exit code."""
+    host_flags.connect(args)
     import numpy as np
 
     from enat_jax import images
     from enat_jax.compilation_cache import keep_compiled_programs
     from enat_jax.config import override_config
+    from enat_jax.hosts import speaks
     from enat_jax.sample import load
 
     keep_compiled_programs()
@@ -45,21 +49,25 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     out = pathlib.Path(args.out)
     if args.format in ("npz", "tokens") and out.suffix != ".npz":
         raise UserError(f"--out={out} must end in .npz for --format={args.format}")
+    make = sampler.token_batches if args.format == "tokens" else sampler.image_batches
+    batches = make(wanted, seed=args.seed)
+    if not speaks():  # the work is shared, the writing is not
+        for _ in batches:
+            pass
+        return 0
     print(sampler.describe())
     out.parent.mkdir(parents=True, exist_ok=True)
+    batches = _watched(batches, len(wanted))
     if args.format == "tokens":
-        tokens = np.concatenate(list(sampler.token_batches(wanted, seed=args.seed)))
-        np.savez(out, token_ids=tokens, class_ids=wanted)
+        np.savez(out, token_ids=np.concatenate(list(batches)), class_ids=wanted)
+    elif args.format == "grid":
+        names = [*sampler.class_names, "any"]
+        grid = images.image_grid(np.concatenate(list(batches)), [names[c] for c in wanted])
+        images.write_png(out, grid)
+    elif args.format == "png":
+        images.write_pngs(out, batches, wanted)
     else:
-        batches = _watched(sampler.image_batches(wanted, seed=args.seed), len(wanted))
-        if args.format == "grid":
-            names = [*sampler.class_names, "any"]
-            grid = images.image_grid(np.concatenate(list(batches)), [names[c] for c in wanted])
-            images.write_png(out, grid)
-        elif args.format == "png":
-            images.write_pngs(out, batches, wanted)
-        else:
-            images.write_npz(out, batches, wanted)
+        images.write_npz(out, batches, wanted)
     print(f"wrote {len(wanted)} images to {out}")
     return 0
 

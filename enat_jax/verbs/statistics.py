@@ -3,6 +3,7 @@
 from absl import flags
 
 from enat_jax.errors import UserError
+from enat_jax.verbs import host_flags
 
 
 def define(values: flags.FlagValues) -> None:
@@ -12,10 +13,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "size", None, "pixels per side; the config's by default", lower_bound=1, flag_values=values
     )
+    host_flags.define(values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     """Does the job; returns the exit code."""
+    host_flags.connect(args)
     from enat_jax.compilation_cache import keep_compiled_programs
     from enat_jax.config import load_config
     from enat_jax.reference_statistics import reference_statistics

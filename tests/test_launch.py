@@ -1,0 +1,376 @@
+import os
+import pathlib
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+LAUNCH = pathlib.Path("launch")
+SCRIPTS = ["local_multiprocess.sh", "slurm.sbatch", "tpu_pod.sh"]
+LONGEST = 40  # lines of a launcher
+
+
+def run(*command, **environ):
+    """Runs a launcher; its exit code, the lines of its output and of its complaints."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """Puts a shell script on PATH under a name; returns the PATH."""
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+
+    def put(name, text):
+        path = folder / name
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return f"{folder}:{os.environ['PATH']}"
+
+    return put
+
+
+class TestText:
+    @pytest.mark.parametrize("name", [*SCRIPTS, "gke_jobset.yaml"])
+    def test_a_launcher_is_short_and_in_the_readme(self, name):
+        assert len((LAUNCH / name).read_text().splitlines()) <= LONGEST
+        assert name in (LAUNCH / "README.md").read_text()
+
+    @pytest.mark.parametrize("name", SCRIPTS)
+    def test_bash_can_read_it(self, name):
+        assert run("bash", "-n", LAUNCH / name) == (0, [], [])
+
+    @pytest.mark.parametrize("name", SCRIPTS)
+    @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
+    def test_shellcheck_has_nothing_to_say(self, name):
+        assert run("shellcheck", LAUNCH / name) == (0, [], [])
+
+    @pytest.mark.parametrize("name", SCRIPTS)
+    def test_it_can_be_run_by_its_name(self, name):
+        assert os.access(LAUNCH / name, os.X_OK) or name.endswith(".sbatch")
+
+    @pytest.mark.parametrize("name", [*SCRIPTS, "gke_jobset.yaml", "README.md"])
+    def test_the_configs_it_names_are_there(self, name):
+        for config in re.findall(r"configs/\w+\.py", (LAUNCH / name).read_text()):
+            assert pathlib.Path(config).exists(), config
+
+
+WORKER = """
+import signal, sys, time
+mode, *flags = sys.argv[1:]
+process = int(flags[-1].removeprefix("--process_id="))
+def told(*_):
+    print("told", flush=True)
+    sys.exit(0)
+if mode in ("waits", "told"):
+    signal.signal(signal.SIGTERM, told)
+print(*flags, flush=True)
+print("complaint", file=sys.stderr, flush=True)
+if mode == "fails" and process == 1:
+    sys.exit(7)
+if mode != "ends":
+    try:
+        time.sleep(300)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+class TestLocalMultiprocess:
+    @pytest.fixture
+    def command(self, tmp_path):
+        (tmp_path / "worker.py").write_text(WORKER)
+        return [LAUNCH / "local_multiprocess.sh", 2, sys.executable, tmp_path / "worker.py"]
+
+    def test_each_process_is_told_who_it_is_and_its_lines_are_marked(self, command):
+        code, out, err = run(*command, "ends")
+        assert code == 0
+        first, second = sorted(out)
+        match = re.fullmatch(
+            r"\[0\] --coordinator=localhost:(\d+) --num_processes=2 --process_id=0", first
+        )
+        assert match, first
+        assert second == f"[1]{first.removeprefix('[0]')[:-1]}1"
+        assert sorted(err) == ["[0] complaint", "[1] complaint"]
+
+    def test_one_that_fails_ends_all_with_its_code(self, command):
+        code, _, _ = run(*command, "fails", GRACE="0.5")  # the other would outlast the test
+        assert code == 7
+
+    @pytest.mark.parametrize(
+        ("told", "code", "last"), [(signal.SIGTERM, 0, "told"), (signal.SIGINT, 130, None)]
+    )
+    def test_a_signal_reaches_all_and_their_last_words_are_heard(self, command, told, code, last):
+        command = [str(part) for part in command]
+        with subprocess.Popen(
+            [*command, "waits"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            for _ in range(2):
+                process.stdout.readline()
+            process.send_signal(told)
+            rest = sorted(process.stdout.read().split())
+            assert process.wait(timeout=60) == code
+        assert rest == (sorted(["[0]", "[1]", last, last]) if last else [])
+
+    @pytest.mark.parametrize("arguments", [[], ["2"], ["none", "true"], ["2", "no-such-command"]])
+    def test_what_cannot_be_run_is_told_how(self, arguments):
+        code, out, (line,) = run(LAUNCH / "local_multiprocess.sh", *arguments)
+        assert (code, out) == (2, [])
+        assert line.startswith("usage: ")
+
+    def test_the_command_line_takes_the_flags_it_adds(self):
+        code, out, err = run(
+            LAUNCH / "local_multiprocess.sh", 2, sys.executable, "-m", "enat_jax", "train", "--help"
+        )
+        assert (code, err) == (0, [])
+        for process in range(2):
+            for flag in ("coordinator", "num_processes", "process_id"):
+                assert any(line.startswith(f"[{process}]") and f"--{flag}" in line for line in out)
+
+
+class TestSlurm:
+    SBATCH = """
+while [[ $1 == --* ]]; do shift; done
+script=$1; shift
+export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_ID=4100 SLURM_CPUS_PER_TASK=3
+grep '^#SBATCH' "$script" | tr '\\n' ' ' >&2
+exec bash "$script" "$@"
+"""
+    SRUN = """
+[[ $1 == --kill-on-bad-exit=1 && $2 == --cpus-per-task=3 ]] || exit 9
+shift 2
+for k in 0 1; do
+    SLURM_NTASKS=2 SLURM_PROCID=$k SLURM_LOCALID=0 SLURM_STEP_NODELIST=node[1-2] "$@" || exit
+done
+"""
+
+    def test_the_job_runs_the_command_line_once_per_task(self, stub):
+        stub("sbatch", self.SBATCH)
+        stub("srun", self.SRUN)
+        path = stub("enat", f'echo "$SLURM_PROCID" "$SLURM_NTASKS"; exec {sys.executable}'
+                            ' -c "import sys; print(sys.argv[1:])" "$@"')  # fmt: skip
+        code, out, (options,) = run(
+            "sbatch", "--nodes=2", LAUNCH / "slurm.sbatch", "train", "--workdir=/a b/run", PATH=path
+        )
+        assert code == 0
+        words = "['train', '--workdir=/a b/run']"
+        assert out == ["0 2", words, "1 2", words]
+        known = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem",
+                 "time", "output", "open-mode", "signal", "requeue"}  # fmt: skip
+        given = [option.strip().removeprefix("--") for option in options.split("#SBATCH")[1:]]
+        assert {option.partition("=")[0] for option in given} == known
+        assert "ntasks-per-node=1" in given
+        assert "signal=TERM@300" in given  # to the steps, not to the shell alone
+
+    def test_a_task_that_fails_fails_the_job(self, stub):
+        stub("sbatch", self.SBATCH)
+        stub("enat", "exit 5")
+        path = stub("srun", self.SRUN)
+        assert run("sbatch", LAUNCH / "slurm.sbatch", "train", PATH=path)[0] == 5
+
+
+class TestTpuPod:
+    GCLOUD = """
+[[ "$1 $2 $3 $4 $5" == "compute tpus tpu-vm ssh pod" && $6 == --zone=us-west4-a ]] || exit 9
+workers=${7#--worker=} command=${8#--command=}
+[[ $# == 8 && $7 != "$workers" && $8 != "$command" ]] || exit 9
+echo "on $workers"
+cd "$HOME" && exec bash -c "$command"
+"""
+
+    @pytest.fixture
+    def pod(self, stub, tmp_path):
+        """Runs tpu_pod.sh where gcloud leads to a home folder on this machine."""
+        (tmp_path / "enat_jax/.venv/bin").mkdir(parents=True)
+        enat = tmp_path / "enat_jax/.venv/bin/enat"
+        enat.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n[[ $1 == ends ]] || exec sleep 30\n')
+        enat.chmod(0o755)
+        environ = {"PATH": stub("gcloud", self.GCLOUD), "HOME": str(tmp_path),
+                   "TPU": "pod", "ZONE": "us-west4-a"}  # fmt: skip
+        yield lambda *words: run(LAUNCH / "tpu_pod.sh", *words, **environ)
+        pid = tmp_path / "enat_jax/enat.pid"
+        if pid.exists():
+            subprocess.run(["kill", pid.read_text().strip()], stderr=subprocess.DEVNULL)
+
+    @staticmethod
+    def log_when(tmp_path, lines):
+        log = tmp_path / "enat_jax/enat.log"
+        for _ in range(200):
+            if log.exists() and len(log.read_text().splitlines()) >= lines:
+                break
+            time.sleep(0.05)
+        return log.read_text().splitlines()
+
+    def test_start_runs_the_command_line_on_all_and_lets_it_outlive_the_connection(
+        self, pod, tmp_path
+    ):
+        words = ["train", "--workdir=/mnt/a b", "--config.model.width=64", "it's $HOME"]
+        assert pod("start", *words) == (0, ["on all"], [])
+        assert self.log_when(tmp_path, 4) == words
+        pid = int((tmp_path / "enat_jax/enat.pid").read_text())
+        os.kill(pid, 0)
+        assert os.getsid(pid) == pid
+        assert pod("start", "train")[0] != 0  # one run at a time
+        assert pod("stop") == (0, ["on all"], [])
+        for _ in range(200):
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("it is still there")
+
+    def test_what_is_missing_is_said(self, pod, stub):
+        assert pod()[0] == 2
+        assert pod("start")[0] == 2
+        code, _, (line,) = run(LAUNCH / "tpu_pod.sh", "stop", TPU="pod", ZONE="")
+        assert code != 0
+        assert "ZONE: its zone" in line
+
+
+# What the launcher uses of the API of JobSet (v1alpha2), Job and Pod: nested keys, with the type
+# of what they hold; a list holds things of one kind, `...` after a key makes it free.
+TEXT_MAP = {str: str}
+JOBSET = {
+    "apiVersion": str,
+    "kind": str,
+    "metadata": {"name": str, "namespace": str, "annotations": TEXT_MAP, "labels": TEXT_MAP},
+    "spec": {
+        "suspend": bool,
+        "ttlSecondsAfterFinished": int,
+        "network": {"enableDNSHostnames": bool, "subdomain": str, "publishNotReadyAddresses": bool},
+        "successPolicy": {"operator": str, "targetReplicatedJobs": [str]},
+        "failurePolicy": {"maxRestarts": int, "restartStrategy": str, "rules": [dict]},
+        "replicatedJobs": [{
+            "name": str,
+            "replicas": int,
+            "template": {
+                "metadata": {"annotations": TEXT_MAP, "labels": TEXT_MAP},
+                "spec": {
+                    "parallelism": int,
+                    "completions": int,
+                    "completionMode": str,
+                    "backoffLimit": int,
+                    "activeDeadlineSeconds": int,
+                    "template": {
+                        "metadata": {"annotations": TEXT_MAP, "labels": TEXT_MAP},
+                        "spec": {
+                            "restartPolicy": str,
+                            "terminationGracePeriodSeconds": int,
+                            "serviceAccountName": str,
+                            "nodeSelector": TEXT_MAP,
+                            "tolerations": [{"key": str, "operator": str, "value": str,
+                                             "effect": str}],
+                            "containers": [{
+                                "name": str,
+                                "image": str,
+                                "command": [str],
+                                "args": [str],
+                                "env": [{"name": str, "value": str}],
+                                "ports": [{"containerPort": int}],
+                                "resources": {"limits": {str: int}, "requests": {str: int}},
+                                "volumeMounts": [{"name": str, "mountPath": str,
+                                                  "readOnly": bool}],
+                            }],
+                            "volumes": [{"name": str,
+                                         "persistentVolumeClaim": {"claimName": str,
+                                                                   "readOnly": bool}}],
+                        },
+                    },
+                },
+            },
+        }],
+    },
+}  # fmt: skip
+
+
+def check(value, schema, where="jobset"):
+    """Refuses keys that the schema does not have and values of another type."""
+    if isinstance(schema, list):
+        assert isinstance(value, list), f"{where} is no list"
+        assert value, f"{where} is empty"
+        for place, each in enumerate(value):
+            check(each, schema[0], f"{where}[{place}]")
+    elif isinstance(schema, dict):
+        assert isinstance(value, dict), f"{where} is no mapping"
+        for name, each in value.items():
+            free = schema.get(str)
+            assert name in schema or free, f"{where}.{name} is unknown"
+            check(each, schema.get(name, free), f"{where}.{name}")
+    else:
+        assert type(value) is schema, f"{where} = {value!r} is no {schema.__name__}"
+
+
+class TestJobSet:
+    @pytest.fixture
+    def jobset(self):
+        return yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+
+    @pytest.fixture
+    def hosts(self, jobset):
+        (job,) = jobset["spec"]["replicatedJobs"]
+        return job["template"]["spec"]
+
+    def test_it_fits_the_schema(self, jobset):
+        check(jobset, JOBSET)
+        assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+        assert jobset["kind"] == "JobSet"
+
+    def test_the_check_refuses_what_the_api_does(self, jobset):
+        jobset["spec"]["failurePolicy"]["maxRestart"] = 3
+        with pytest.raises(AssertionError, match=r"jobset.spec.failurePolicy.maxRestart is unkn"):
+            check(jobset, JOBSET)
+        del jobset["spec"]["failurePolicy"]["maxRestart"]
+        jobset["spec"]["replicatedJobs"][0]["replicas"] = "1"
+        with pytest.raises(AssertionError, match=r"replicatedJobs\[0\].replicas = '1' is no int"):
+            check(jobset, JOBSET)
+
+    def test_there_is_a_pod_for_each_host_of_the_slice(self, hosts):
+        pod = hosts["template"]["spec"]
+        selector = pod["nodeSelector"]
+        (container,) = pod["containers"]
+        rows, columns = map(int, selector["cloud.google.com/gke-tpu-topology"].split("x"))
+        chips = container["resources"]["limits"]["google.com/tpu"]
+        assert hosts["parallelism"] == hosts["completions"] == rows * columns // chips
+        assert hosts["backoffLimit"] == 0  # a host alone is not started again
+        assert pod["restartPolicy"] == "Never"
+        assert pod["terminationGracePeriodSeconds"] >= 60
+
+    def test_what_it_mounts_is_a_volume(self, hosts):
+        pod = hosts["template"]["spec"]
+        mounted = {mount["name"] for each in pod["containers"] for mount in each["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+    @pytest.mark.parametrize(
+        ("enat", "told", "code"),
+        [("exit 0", False, 0), ("exit 3", False, 3),
+         ('trap "exit 0" TERM; touch up; sleep 30 & wait', True, 75),  # saved, but not done
+         ('trap "exit 4" TERM; touch up; sleep 30 & wait', True, 4)],
+    )  # fmt: skip
+    def test_its_command_passes_sigterm_on_and_says_whether_all_is_done(
+        self, hosts, stub, tmp_path, enat, told, code
+    ):
+        (container,) = hosts["template"]["spec"]["containers"]
+        path = stub("enat", f"[[ $1 == train && $3 == --workdir=/mnt/enat/run ]] || exit 9\n{enat}")
+        command = [*container["command"], *container["args"]]
+        with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PATH": path}) as process:
+            while told and not (tmp_path / "up").exists():
+                time.sleep(0.02)
+            if told:
+                process.terminate()
+            assert process.wait(timeout=60) == code
