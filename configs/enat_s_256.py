@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
                 "decoder_depth": 1,
                 "dropout": 0.1,
                 "dtype": "bfloat16",
-                "remat": "none",
+                "remat": "dots",
             },
             "tokenizer": {
                 "name": "vqgan",
@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
                 "class_dropout": 0.235,
                 "label_smoothing": 0.1,
             },
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "placement": "zero2"},
             "strategy": {
                 "rule": "enat",
                 "steps": 8,

@@ -14,17 +14,19 @@ LONGEST = 350  # lines of a file, about
 # A room is a module, or a folder whose modules may import each other. A new file gets its room
 # here, by decision.
 LEVELS = [
-    {"errors", "compilation_cache", "plans", "strategy", "losses", "crops", "metrics.scores"},
+    {"errors", "compilation_cache", "compile_clock", "loop_config", "accelerators", "plans",
+     "strategy", "losses", "crops", "metrics.scores", "checkpoint_digests", "host_agreement"},
     {"models", "tokenizers", "metrics", "images", "record_plan", "records", "prepared",
-     "digits.builder", "photos.builder", "data", "image_source", "checkpoint", "metric_log",
-     "sharding", "optim", "config_file", "digests"},
-    {"generate", "training_step", "tokenizer_step", "read_ahead", "image_batches", "features"},
-    {"config", "tokenizer_config"},
-    {"tokenizer"},
-    {"sample", "convert", "training_loop"},
+     "digits.builder", "photos.builder", "stream", "data", "image_source", "checkpoint",
+     "metric_log", "sharding", "optim", "config_file", "digests", "cluster", "roll_call", "gather"},
+    {"generate", "training_step", "tokenizer_step", "read_ahead", "image_batches", "chunks",
+     "hosts", "resume"},
+    {"config", "tokenizer_config", "features"},
+    {"tokenizer", "generation_program"},
+    {"sample", "convert", "training_loop", "run"},
     {"train", "held_out", "tokenize_dataset", "check_records", "evaluate",
      "reference_statistics", "digits.score"},
-    {"bench", "train_tokenizer"},
+    {"bench", "train_tokenizer", "aot"},
     {"verbs"},
     {"__main__"},
 ]  # fmt: skip
@@ -34,9 +36,9 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 WITHIN_A_LEVEL = {
     ("metrics.scores", "errors"),  # says what is wrong
     ("metrics", "tokenizers"),  # LPIPS's network is made of the VQGAN's convolutions
-    ("convert", "sample"),  # writes what `sample` reads, where it reads it
     ("data", "prepared"),  # where prepared data sets lie
     ("data", "record_plan"),
+    ("data", "stream"),  # the order that all hosts walk together
     ("image_source", "prepared"),
     ("prepared", "digits.builder"),  # prepares the data sets that the project ships
     ("prepared", "photos.builder"),
