@@ -149,7 +149,9 @@ class _Counter:
             return None
         start = _tuple_element(where, loop.operands[0], counter)
         first = start.integer if start is not None and start.integer is not None else 0
-        return max(bounds[0] - first + ("direction=LE" in compare.rest), 0)
+        body = self.module.computations[loop.attribute_name("body")]
+        turns = bounds[0] - first + ("direction=LE" in compare.rest)
+        return max(-(-turns // _step(body, counter)), 0)
 
     def _hbm_bytes(self, instruction: Instruction, where: Computation) -> float:
         op = instruction.opcode
@@ -239,6 +241,19 @@ def _anywhere(shape: Shape) -> bool:
 
 def _bytes(shapes: list[Shape], where: Callable[[Shape], bool]) -> float:
     return float(sum(shape.bytes for shape in shapes if where(shape)))
+
+
+def _step(body: Computation, counter: Instruction) -> int:
+    """How much a turn adds to a loop's counter: more than 1 where the compiler unrolled it."""
+    index = re.search(r"index=(\d+)", counter.rest)
+    if index is None or body.root.opcode != "tuple":
+        return 1
+    total, found = 0, body.find(body.root.operands[int(index[1])])
+    while found is not None and found.opcode in ("add", "copy", "bitcast"):
+        operands = [body.find(name) for name in found.operands]
+        total += sum(each.integer for each in operands if each and each.integer is not None)
+        found = next((each for each in operands if each and each.integer is None), None)
+    return max(total, 1)
 
 
 def _tuple_element(where: Computation, name: str, counter: Instruction) -> Instruction | None:

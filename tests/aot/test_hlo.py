@@ -253,6 +253,14 @@ def test_a_tpu_program_is_read():
     assert set(counts.collectives) == {"all-reduce", "all-gather"}
 
 
+def test_a_loop_that_the_compiler_unrolled_turns_less_often():
+    for step in (2, 4):
+        unrolled = TPU.replace(
+            "%step = s32[]{:T(128)} constant(1)", f"%step = s32[] constant({step})"
+        )
+        assert count_program(unrolled).collectives["all-reduce"].count == -(-22 // step)
+
+
 def test_only_hbm_counts_as_memory_traffic_on_a_tpu():
     kernels = (24 - 2) * 256 * 256 * 2  # one layer's slice a turn; activations stay on the chip
     copy = 32 * 256 * 2
