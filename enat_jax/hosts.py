@@ -89,13 +89,15 @@ def connect(
 
 
 def several() -> bool:
-    """Whether this process is one of several."""
-    return _run.line is not None
+    """Whether this process is one of several, whoever made it so."""
+    return _run.line is not None or (jax.distributed.is_initialized() and jax.process_count() > 1)
 
 
 def speaks() -> bool:
     """Whether this process says and writes what the run does: process 0 does."""
-    return _run.line is None or _run.line.process == 0
+    if _run.line is not None:
+        return _run.line.process == 0
+    return not several() or jax.process_index() == 0
 
 
 def speaker(say: Callable[[str], object]) -> Callable[[str], object]:
@@ -105,7 +107,7 @@ def speaker(say: Callable[[str], object]) -> Callable[[str], object]:
 
 def barrier(name: str) -> None:
     """Waits until every process is here; all give the same name."""
-    if _run.line is not None:
+    if several():
         multihost_utils.sync_global_devices(name)
 
 
@@ -118,7 +120,7 @@ def require_agreement(fields: Mapping[str, Any]) -> None:
     Raises:
         HostsError: the leaves that differ, and where; the same on every process.
     """
-    if _run.line is None:
+    if not several():
         return
     text = json.dumps(fields, sort_keys=True)
     if len(set(from_all(hashlib.sha256(text.encode()).hexdigest()))) == 1:
@@ -145,7 +147,7 @@ def listen() -> Iterator[None]:
     nothing can.
     """
     main = threading.current_thread() is threading.main_thread()
-    if _run.line is not None or not main:
+    if several() or not main:
         yield
         return
 
@@ -167,7 +169,7 @@ def preempted(step: int) -> bool:
     under the number asked last, as Orbax asks JAX too. Once any process got SIGTERM all get a yes,
     at most some steps later, and from then on always.
     """
-    if _run.line is None:
+    if not several():
         return _run.stop
     reached = multihost_utils.reached_preemption_sync_point
     # JAX agrees on the number after the largest that any process asked for, and says yes to that

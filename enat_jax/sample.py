@@ -199,7 +199,8 @@ def restore(
     metadata = checkpoints.metadata(step, trees=["ema"])
     if "config" not in metadata or "vqgan" in metadata:
         raise CheckpointError(f"{folder} holds no checkpoint of an image generator")
-    config = overrides(metadata["config"])
+    # where it was trained does not say where it is used: the default mesh, unless overridden
+    config = overrides({**metadata["config"], "mesh": {}})
     target = placed_params(config, mesh or make_mesh(config.mesh))
     found = checkpoints.restore({"ema": target}, step=step, warn=warn)
     assert found is not None  # its metadata were there

@@ -59,6 +59,24 @@ def both(code):
     return found
 
 
+def test_processes_that_jax_alone_made_a_run_are_one_too():
+    (code, shown, _), (other, also, _) = both("""
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+show(hosts.several(), hosts.speaks())
+try:
+    hosts.require_agreement({"train": {"steps": process}})
+except hosts.HostsError as error:
+    show(str(error))
+with hosts.listen():
+    show(hosts.preempted(1))
+""")
+    told = ["hosts disagree: train.steps = 0 on process 0, 1 on process 1"]
+    assert (code, shown) == (0, [[True, True], told, [False]])
+    assert (other, also) == (0, [[True, False], told, [False]])
+
+
 class TestAlone:
     def test_a_process_alone_starts_as_before(self):
         hosts.connect(processes=1)

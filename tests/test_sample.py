@@ -7,11 +7,13 @@ from flax import nnx
 from on_hosts import on_devices, on_two_hosts
 
 import enat_jax
-from enat_jax.checkpoint import CheckpointError
-from enat_jax.config import override_config
+from enat_jax.checkpoint import CheckpointError, Checkpoints
+from enat_jax.config import config_from_dict, override_config
 from enat_jax.config_file import ConfigError
+from enat_jax.generation_program import abstract_params
 from enat_jax.models.enat import ENAT
-from enat_jax.sample import SampleError, Sampler
+from enat_jax.sample import SampleError, Sampler, restore
+from enat_jax.sharding import MeshConfig
 from enat_jax.tokenizers.levels import as_uint8
 from enat_jax.tokenizers.pixels import Pixels
 
@@ -239,3 +241,18 @@ def test_eight_devices_give_one_devices_images_whatever_they_share_out(model, tr
         found = np.load(tmp_path / f"made.{number}.0.npz")
         assert_same_images(found, model, mesh.split()[-1])
         assert set(found["shares"]) == shares
+
+
+def test_a_model_that_many_devices_trained_is_used_on_those_at_hand(trained, tmp_path):
+    there, here = Checkpoints(trained / "checkpoints", read_only=True), tmp_path / "checkpoints"
+    config = there.metadata()["config"]
+    _, abstract = abstract_params(config_from_dict(config).model)
+    _, trees = there.restore({"ema": abstract})
+    pod = {"data": 2, "fsdp": 64, "tensor": 2, "placement": "fsdp"}
+    copy = Checkpoints(here)
+    copy.save(4, trees, metadata={**there.metadata(), "config": {**config, "mesh": pod}})
+    copy.close()
+    restored = restore(tmp_path)
+    assert restored.config.mesh == MeshConfig()
+    one = restore(tmp_path, overrides=lambda fields: override_config(fields, ["mesh.fsdp=1"]))
+    assert one.config.mesh.fsdp == 1
