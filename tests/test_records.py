@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from enat_jax.data import DataConfig, DataError, record_info, training_batches
 from enat_jax.record_plan import RecordPlan, RecordsError
 from enat_jax.records import RecordFolder
+from enat_jax.stream import Share
 
 PLAN = RecordPlan(
     name="toys",
@@ -75,7 +76,7 @@ def test_training_reads_them_and_what_they_were_made_with(tmp_path):
     assert (info.tokenizer, info.tokenizer_digest, info.codebook_size) == ("patches", "abcd", 1000)
     assert (info.grid, info.num_records) == ((2, 3), 20)
     assert (info.num_classes, info.class_names) == (2, ("cat", "dog"))
-    batch = next(training_batches(cfg, batch_size=20, seed=0))
+    batch = next(training_batches(cfg, Share(20), seed=0))
     images = [*range(10), *range(500, 510)]
     assert sorted(batch["token_ids"][:, 0]) == images
     assert (batch["token_ids"][:, 0] % 2 == batch["class_ids"]).all()
@@ -84,7 +85,7 @@ def test_training_reads_them_and_what_they_were_made_with(tmp_path):
 def test_a_part_of_the_split_may_be_read(tmp_path):
     finished(tmp_path)
     part = DataConfig(name="toys", data_dir=str(tmp_path), split="train[10:14]")
-    batch = next(training_batches(part, batch_size=4, seed=0))
+    batch = next(training_batches(part, Share(4), seed=0))
     assert sorted(batch["token_ids"][:, 0]) == [5, 6, 505, 506]
 
 
@@ -111,7 +112,7 @@ def test_a_shard_may_hold_no_records(tmp_path):
     folder.write(1, *(column[:0] for column in rows(PLAN, 1)), dict.fromkeys("abcd", "empty"))
     assert folder.finish() == 12
     cfg = DataConfig(name="toys", data_dir=str(tmp_path))
-    batch = next(training_batches(cfg, batch_size=12, seed=0))
+    batch = next(training_batches(cfg, Share(12), seed=0))
     assert set(batch["token_ids"][:, 0] % 500) == {0, 1, 2, 3, 8, 9}
 
 

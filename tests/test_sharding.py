@@ -110,7 +110,7 @@ class TestParameters:
             ("encoder.attention.out.kernel", (None, "tensor", "fsdp")),
             ("encoder.mlp.up.kernel", (None, "fsdp", "tensor")),
             ("encoder.mlp.down.kernel", (None, "tensor", "fsdp")),
-            ("encoder.modulation.kernel", (None, None, ("fsdp", "tensor"))),
+            ("encoder.modulation.kernel", (None, None, ("tensor", "fsdp"))),
             ("reuse_projection.mlp.up.kernel", ("fsdp", "tensor")),
             ("head.linear.kernel", ("fsdp", "tensor")),
             ("embedding.word", (None, "fsdp")),
