@@ -66,8 +66,9 @@ def from_all(text: str) -> list[str]:
     assert client is not None  # there are several processes
     call = next(_CALLS)
     client.key_value_set(f"enat_jax/{call}/{here}", text)
-    if call:  # all have begun this call, so all have read what was said in the one before
-        client.wait_at_barrier(f"enat_jax/{call}", _PATIENCE)
-        client.key_value_delete(f"enat_jax/{call - 1}/{here}")
-    return [client.blocking_key_value_get(f"enat_jax/{call}/{process}", _PATIENCE)
-            for process in range(count)]  # fmt: skip
+    texts = [client.blocking_key_value_get(f"enat_jax/{call}/{process}", _PATIENCE)
+             for process in range(count)]  # fmt: skip
+    # none goes on, perhaps to its end, and takes the coordinator away, before all have read
+    client.wait_at_barrier(f"enat_jax/{call}", _PATIENCE)
+    client.key_value_delete(f"enat_jax/{call}/{here}")
+    return texts
