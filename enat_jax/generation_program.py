@@ -15,6 +15,7 @@ from enat_jax.errors import UserError
 from enat_jax.generate import Layout, TracedStrategy, generate, image_noise, plan_generation
 from enat_jax.models.enat import ENAT, ENATConfig
 from enat_jax.models.flops import step_flops
+from enat_jax.models.layers import cast_kernels
 from enat_jax.sharding import (
     batch_sharding,
     batch_shards,
@@ -200,10 +201,7 @@ class GenerationProgram:
         return model.unstacked() if self._unstacked else model
 
     def _prepare(self, params: nnx.State) -> nnx.State:
-        dtype = jnp.dtype(self.config.model.dtype)
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: x.astype(dtype) if "kernel" in jax.tree_util.keystr(path) else x, params
-        )
+        params = cast_kernels(params, jnp.dtype(self.config.model.dtype))
         if not self._unstacked:
             return params
         network = nnx.merge(abstract_params(self.config.model)[0], params)

@@ -1,9 +1,17 @@
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from enat_jax.optim import OptimConfig, learning_rate_schedule, make_optimizer, update_ema
+from enat_jax.optim import (
+    OptimConfig,
+    learning_rate_schedule,
+    make_optimizer,
+    skip_unless_finite,
+    update_ema,
+)
 
 
 def rates(steps, total_steps=1000, **fields):
@@ -94,3 +102,23 @@ def test_the_defaults_are_enats_recipe():
     assert (cfg.learning_rate, cfg.warmup_steps, cfg.decay) == (4e-4, 5000, "constant")
     assert (cfg.weight_decay, cfg.betas, cfg.max_grad_norm) == (0.03, (0.99, 0.99), 0)
     assert cfg.ema_decay == 0.9999
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict
+    count: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("told", "skipped"),
+    [((1.0, 2.0), 0), ((np.nan, 2.0), 1), ((1.0, np.inf), 1), ((-np.inf, 1.0), 1)],
+)
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count_of_steps(told, skipped):
+    before = State(jnp.int32(4), {"w": jnp.arange(3.0)}, jnp.int32(7))
+    after = State(jnp.int32(5), {"w": jnp.array([1.0, np.nan, 2.0])}, jnp.int32(8))
+    found, flag = skip_unless_finite(before, after, *map(jnp.float32, told))
+    assert (flag, found.step) == (skipped, 5)
+    kept = before if skipped else after
+    np.testing.assert_array_equal(found.params["w"], kept.params["w"])
+    assert found.count == kept.count
