@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from on_hosts import on_two_hosts
 
 from enat_jax.errors import UserError
 from enat_jax.generation_program import abstract_params
@@ -266,6 +267,22 @@ def test_a_host_finds_its_rows_and_places_them():
     np.testing.assert_array_equal(own_rows(mesh, 6), np.arange(6))
     batch = np.arange(12).reshape(6, 2)
     np.testing.assert_array_equal(place_batch(batch, mesh, 6), batch)
+
+
+ROWS = """
+from enat_jax.gather import gathered
+from enat_jax.sharding import MeshConfig, make_mesh, own_rows, place_batch
+batch = np.arange(24).reshape(12, 2)
+for cfg in (MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)):
+    mesh = make_mesh(cfg)
+    rows = own_rows(mesh, 12)
+    assert rows.tolist() == list(range(6 * process, 6 * process + 6)), rows
+    np.testing.assert_array_equal(gathered(place_batch(batch[rows], mesh, 12)), batch)
+"""
+
+
+def test_two_hosts_place_the_rows_of_one_batch():
+    on_two_hosts(ROWS)
 
 
 def test_what_is_put_comes_back(tmp_path):
