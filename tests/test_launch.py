@@ -16,10 +16,11 @@ SCRIPTS = ["local_multiprocess.sh", "slurm.sbatch", "tpu_pod.sh"]
 LONGEST = 40  # lines of a launcher
 
 
-def run(*command, **environ):
+def run(*command, cwd=None, **environ):
     """Runs a launcher; its exit code, the lines of its output and of its complaints."""
     done = subprocess.run(
         [str(part) for part in command],
+        cwd=cwd,
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
@@ -158,13 +159,28 @@ for k in 0 1; do
 done
 """
 
-    def test_the_job_runs_the_command_line_once_per_task(self, stub):
+    @pytest.fixture
+    def sbatch(self, stub, tmp_path):
+        """Submits the launcher from a folder whose environment's `enat` is a script."""
         stub("sbatch", self.SBATCH)
-        stub("srun", self.SRUN)
-        path = stub("enat", f'echo "$SLURM_PROCID" "$SLURM_NTASKS"; exec {sys.executable}'
-                            ' -c "import sys; print(sys.argv[1:])" "$@"')  # fmt: skip
-        code, out, (options,) = run(
-            "sbatch", "--nodes=2", LAUNCH / "slurm.sbatch", "train", "--workdir=/a b/run", PATH=path
+        path = stub("srun", self.SRUN)
+        enat = tmp_path / ".venv/bin/enat"
+        enat.parent.mkdir(parents=True)
+
+        def submit(script, *words):
+            enat.write_text(f"#!/bin/bash\n{script}\n")
+            enat.chmod(0o755)
+            command = ["sbatch", "--nodes=2", (LAUNCH / "slurm.sbatch").resolve(), *words]
+            return run(*command, cwd=tmp_path, PATH=path)
+
+        return submit
+
+    def test_the_job_runs_the_folders_own_command_line_once_per_task(self, sbatch):
+        code, out, (options,) = sbatch(
+            f'echo "$SLURM_PROCID" "$SLURM_NTASKS"; exec {sys.executable}'
+            ' -c "import sys; print(sys.argv[1:])" "$@"',
+            "train",
+            "--workdir=/a b/run",
         )
         assert code == 0
         words = "['train', '--workdir=/a b/run']"
@@ -176,11 +192,8 @@ done
         assert "ntasks-per-node=1" in given
         assert "signal=TERM@300" in given  # to the steps, not to the shell alone
 
-    def test_a_task_that_fails_fails_the_job(self, stub):
-        stub("sbatch", self.SBATCH)
-        stub("enat", "exit 5")
-        path = stub("srun", self.SRUN)
-        assert run("sbatch", LAUNCH / "slurm.sbatch", "train", PATH=path)[0] == 5
+    def test_a_task_that_fails_fails_the_job(self, sbatch):
+        assert sbatch("exit 5", "train")[0] == 5
 
 
 class TestTpuPod:
