@@ -16,8 +16,8 @@ from flax import nnx
 from enat_jax.accelerators import accelerator_of
 from enat_jax.config import Config, TokenizerConfig
 from enat_jax.errors import UserError
-from enat_jax.models.enat import ENAT
 from enat_jax.models.flops import generation_flops, step_flops, training_flops
+from enat_jax.models.network import make_network
 from enat_jax.plans import padding
 from enat_jax.run import Run
 from enat_jax.sample import Layers, Sampler
@@ -97,7 +97,7 @@ def _bench_sample(
     config: Config, batch_sizes: Sequence[int], layers: Layers, repeats: int
 ) -> list[dict[str, Any]]:
     mesh = make_mesh(config.mesh)
-    init = jax.jit(lambda: nnx.split(ENAT(config.model, rngs=nnx.Rngs(0)), nnx.Param)[1])
+    init = jax.jit(lambda: nnx.split(make_network(config.model, rngs=nnx.Rngs(0)), nnx.Param)[1])
     bare = dataclasses.replace(config, tokenizer=TokenizerConfig(grid=config.tokenizer.grid))
     sampler = Sampler(bare, init(), mesh=mesh, layers=layers)
     layout, traced = sampler.plan()
@@ -259,5 +259,5 @@ def _memory(program: Any) -> dict[str, Any]:
 
 
 def _parameter_count(config: Config) -> int:
-    abstract = nnx.eval_shape(lambda: ENAT(config.model, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: make_network(config.model, rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))

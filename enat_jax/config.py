@@ -9,6 +9,7 @@ from enat_jax.data import DataConfig
 from enat_jax.image_source import ImageConfig
 from enat_jax.loop_config import LoopConfig, check_loop
 from enat_jax.models.enat import ENATConfig
+from enat_jax.models.network import NetworkConfig
 from enat_jax.optim import OptimConfig
 from enat_jax.sharding import MeshConfig
 from enat_jax.strategy import SCHEDULES, StrategyConfig, make_strategy
@@ -44,6 +45,8 @@ class TrainConfig(LoopConfig):
         class_dropout: share of images trained without their class. The reference drops 0.15 in
             its data and 0.1 of the rest in the network: 0.235 in all.
         label_smoothing: of the cross-entropy.
+        mean_over: `images` takes the mean of every image's mean loss, `tokens` counts every masked
+            token of a row alike, as AutoNAT does.
     """
 
     accumulation: int = 1
@@ -53,6 +56,7 @@ class TrainConfig(LoopConfig):
     reuse_probability: float = 0.5
     class_dropout: float = 0.235
     label_smoothing: float = 0.1
+    mean_over: Literal["images", "tokens"] = "images"
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Config:
     training starts.
     """
 
-    model: ENATConfig = field(default_factory=ENATConfig)
+    model: NetworkConfig = field(default_factory=ENATConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -188,7 +192,8 @@ def check(config: Config) -> list[str]:
         (value >= 1, name, value, "must be at least 1")
         for name, value in {
             **{f"model.{name}": getattr(model, name) for name in
-               ("width", "num_heads", "encoder_depth", "decoder_depth")},
+               ("width", "num_heads", "encoder_depth", "decoder_depth", "depth")
+               if hasattr(model, name)},
             "model.length - 1": model.length - 1,
             **{f"train.{name}": getattr(train, name) for name in
                ("accumulation", "images_per_row")},
@@ -230,6 +235,9 @@ def check(config: Config) -> list[str]:
             "optim.betas[1]": optim.betas[1],
         }.items()
     ]
+    rules.append((model.carries_features or train.reuse_probability == 0,
+                  "train.reuse_probability", train.reuse_probability,
+                  "must be 0 for a network that carries no features"))  # fmt: skip
     rules.append((0 <= train.reuse_probability <= 1, "train.reuse_probability",
                   train.reuse_probability, "must be in [0, 1]"))  # fmt: skip
     problems = [f"{name} = {value} {limit}" for holds, name, value, limit in rules if not holds]

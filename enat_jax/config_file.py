@@ -58,7 +58,8 @@ def make_config(
     """Builds and checks a config from nested mappings; what is absent keeps its default.
 
     Args:
-        kind: a dataclass whose fields may be dataclasses: the sections.
+        kind: a dataclass whose fields may be dataclasses: the sections. Where a field may be one of
+            several, its own field `name` says which; the first by default.
         fields: section -> field -> value, as `dataclasses.asdict`, JSON or `read_fields` give them.
         check: says what is wrong with a config of the right types, a phrase per problem.
         overrides: `section.field=value` each.
@@ -106,14 +107,27 @@ def _build(kind: Any, fields: Any, path: str, problems: list[str]) -> Any:
             close = difflib.get_close_matches(str(name), hints, n=1)
             guess = f" (did you mean {close[0]}?)" if close else ""
             problems.append(f"{where} = {value!r} is no field of {path or 'the config'}{guess}")
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(hints[name], value, where, problems)
+        elif sections := _sections(hints[name]):
+            known = {getattr(section, "name", ""): section for section in sections}
+            asked = value.get("name") if isinstance(value, Mapping) else None
+            if len(sections) > 1 and asked is not None and asked not in known:
+                names = ", ".join(map(repr, known))
+                problems.append(f"{where}.name = {asked!r} must be one of {names}")
+                continue
+            section = known[asked] if len(sections) > 1 and asked else sections[0]
+            values[name] = _build(section, value, where, problems)
         else:
             before = len(problems)
             value = _typed(hints[name], value, where, problems)
             if len(problems) == before:
                 values[name] = value
     return kind(**values)
+
+
+def _sections(kind: Any) -> tuple[Any, ...]:
+    """The dataclasses that a section may be; none where the field is no section."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return kinds if all(dataclasses.is_dataclass(each) for each in kinds) else ()
 
 
 def _typed(kind: Any, value: Any, where: str, problems: list[str]) -> Any:

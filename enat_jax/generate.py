@@ -79,6 +79,7 @@ def plan_generation(
     length: int,
     cost: Callable[[Plan], float],
     *,
+    reuse: bool = True,
     buckets: int | None = None,
     max_padding: float = 0.15,
 ) -> tuple[Layout, TracedStrategy]:
@@ -91,13 +92,14 @@ def plan_generation(
         strategy: the strategy.
         length: tokens per image.
         cost: FLOPs of one branch at a plan.
+        reuse: whether a step reads features of earlier ones.
         buckets: number of compiled bodies, see `plans.group_into_buckets`.
         max_padding: most extra FLOPs of the automatic choice.
 
     Raises:
         ValueError: a strategy that does not fit the length.
     """
-    plans = generation_plans(strategy.masked_counts(length), length)
+    plans = generation_plans(strategy.masked_counts(length), length, reuse=reuse)
     guided = guided_steps(plans, strategy.guidance_scale)
     layout = Layout(
         length, group_into_buckets(plans, guided, cost, buckets=buckets, max_padding=max_padding)
@@ -108,11 +110,11 @@ def plan_generation(
 def guided_steps(plans: Sequence[Plan], guidance_scale: Sequence[float] | np.ndarray) -> list[bool]:
     """Per step, whether the unconditional branch has to run."""
     guided = []
-    later = False
+    read_later = False  # whether a later step reads the unconditional branch's features
     for plan, scale in zip(reversed(plans), reversed(guidance_scale), strict=True):
-        feeds_later = later and plan.previous + plan.new > 0
-        guided.append(bool(scale != 0 or feeds_later))
-        later = later or scale != 0
+        runs = scale != 0 or (read_later and plan.previous + plan.new > 0)
+        guided.append(bool(runs))
+        read_later = read_later or (runs and plan.previous > 0)
     return guided[::-1]
 
 
@@ -215,7 +217,9 @@ def generate(
     condition = network.condition(rearrange(both, "b r -> (b r)"))
 
     reach = [(p.previous, bucket.shape) for bucket in layout.buckets for p in bucket.plans]
-    capacity = max(max(before + shape.new, shape.previous) for before, shape in reach)
+    capacity = 0
+    if any(shape.previous for _, shape in reach):
+        capacity = max(max(before + shape.new, shape.previous) for before, shape in reach)
     room = max(layout.length, *(before + s.new + s.masked for before, s in reach))
     order = jnp.minimum(jnp.arange(room), layout.length - 1)
     state = State(

@@ -13,9 +13,9 @@ from enat_jax.chunks import map_in_chunks
 from enat_jax.config import Config
 from enat_jax.errors import UserError
 from enat_jax.generate import Layout, TracedStrategy, generate, image_noise, plan_generation
-from enat_jax.models.enat import ENAT, ENATConfig
 from enat_jax.models.flops import step_flops
 from enat_jax.models.layers import cast_kernels
+from enat_jax.models.network import Network, NetworkConfig, make_network
 from enat_jax.sharding import (
     batch_sharding,
     batch_shards,
@@ -39,9 +39,9 @@ class SampleError(UserError):
     """Something asked of a model that it cannot give; one line."""
 
 
-def abstract_params(cfg: ENATConfig) -> tuple[Any, nnx.State]:
+def abstract_params(cfg: NetworkConfig) -> tuple[Any, nnx.State]:
     """The network's structure and the shapes of its parameters, without any memory."""
-    return nnx.split(nnx.eval_shape(lambda: ENAT(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+    return nnx.split(nnx.eval_shape(lambda: make_network(cfg, rngs=nnx.Rngs(0))), nnx.Param)
 
 
 def placed_params(config: Config, mesh: Mesh) -> nnx.State:
@@ -134,6 +134,7 @@ class GenerationProgram:
                 by_step,
                 cfg.model.length,
                 lambda plan: step_flops(cfg.model, plan),
+                reuse=cfg.model.carries_features and strategy.get("reuse", cfg.strategy.reuse),
                 buckets=cfg.sample.buckets or None,
                 max_padding=cfg.sample.max_padding,
             )
@@ -190,9 +191,9 @@ class GenerationProgram:
         arguments = self.arguments(traced, output=output, batch_size=batch_size)
         return self.run.lower(*arguments, layout=layout, output=output)
 
-    def _network(self) -> ENAT:
+    def _network(self) -> Network:
         placement = self.config.mesh.placement
-        model = ENAT(
+        model = make_network(
             self.config.model,
             rngs=nnx.Rngs(0),
             constrain=constrain_activations(self.mesh, placement),

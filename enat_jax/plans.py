@@ -23,12 +23,16 @@ class Plan(NamedTuple):
     masked: int
 
 
-def generation_plans(masked_counts: Sequence[int], length: int) -> tuple[Plan, ...]:
+def generation_plans(
+    masked_counts: Sequence[int], length: int, *, reuse: bool = True
+) -> tuple[Plan, ...]:
     """Turns the masked counts after each step into one plan per step.
 
     Args:
         masked_counts: tokens still masked after each step, not increasing, the last one 0.
         length: tokens per image.
+        reuse: whether a step reads features of earlier ones; otherwise all visible tokens are
+            new to it.
 
     Raises:
         ValueError: counts that increase, leave a step nothing to predict, or do not end at 0.
@@ -44,7 +48,8 @@ def generation_plans(masked_counts: Sequence[int], length: int) -> tuple[Plan, .
     previous = 0
     for masked in before[:-1]:
         plans.append(Plan(previous, length - masked - previous, masked))
-        previous = length - masked
+        if reuse:
+            previous = length - masked
     return tuple(plans)
 
 

@@ -13,8 +13,8 @@ from enat_jax.accelerators import accelerator_of
 from enat_jax.config import Config
 from enat_jax.config_file import ConfigError
 from enat_jax.generation_program import abstract_params
-from enat_jax.models.enat import ENAT
 from enat_jax.models.flops import training_flops
+from enat_jax.models.network import make_network
 from enat_jax.optim import learning_rate_schedule, make_optimizer
 from enat_jax.plans import training_plans
 from enat_jax.sharding import (
@@ -70,11 +70,12 @@ class Run:
             "place_block": place_block(mesh, placement),
         }
         graphdef, _ = nnx.split(
-            nnx.eval_shape(lambda: ENAT(config.model, rngs=nnx.Rngs(0), **hooks))
+            nnx.eval_shape(lambda: make_network(config.model, rngs=nnx.Rngs(0), **hooks))
         )
         step_cfg = StepConfig(
             class_dropout=cfg.class_dropout,
             label_smoothing=cfg.label_smoothing,
+            mean_over=cfg.mean_over,
             ema_decay=config.optim.ema_decay,
             accumulation=cfg.accumulation,
         )
@@ -103,7 +104,7 @@ class Run:
         return TrainState(jnp.int32(0), params, ema, self.optimizer.init(params))
 
     def _initial(self) -> TrainState:
-        model = ENAT(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
+        model = make_network(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
         return self._from_params(nnx.split(model, nnx.Param)[1])
 
     def initial_state(self) -> TrainState:

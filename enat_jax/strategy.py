@@ -41,6 +41,7 @@ class StrategyConfig:
         guidance_scale: reached (almost) at the last step, linearly from 0 at the first.
         choice_temperature: Gumbel scale on the confidence before the first step, annealed to 0.
         sampling_temperature: divides logits; see `rule`.
+        reuse: whether steps reuse features of earlier ones, in networks that carry them.
         file: strategy YAML for `rule="file"`.
     """
 
@@ -50,6 +51,7 @@ class StrategyConfig:
     guidance_scale: float = 2.5
     choice_temperature: float = 1.5
     sampling_temperature: float = 6.0
+    reuse: bool = True
     file: str = ""
 
 

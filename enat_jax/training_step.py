@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,41 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from enat_jax.losses import masked_cross_entropy
-from enat_jax.models.enat import ENAT
 from enat_jax.models.layers import cast_kernels
 from enat_jax.optim import skip_unless_finite, update_ema
 from enat_jax.plans import Plan
+
+MeanOver = Literal["images", "tokens"]
+
+
+@runtime_checkable
+class Network(Protocol):
+    """What a step asks of a network, on rows that pack several images."""
+
+    def remember(
+        self,
+        class_ids: Int[Array, "b g"],
+        token_ids: Int[Array, "b p"],
+        positions: Int[Array, "b p"],
+        hidden_positions: Int[Array, "b h"],
+        plans: Sequence[Plan],
+    ) -> Any:
+        """What an earlier step, at which only previous tokens were revealed, hands on; or None."""
+        ...
+
+    def train_logits(
+        self,
+        class_ids: Int[Array, "b g"],
+        token_ids: Int[Array, "b n"],
+        positions: Int[Array, "b n"],
+        masked_positions: Int[Array, "b m"],
+        plans: Sequence[Plan],
+        *,
+        features: Any,
+        key: jax.Array | None,
+    ) -> Float[Array, "b m v"]:
+        """Logits of the masked tokens, given the new ones' ids and what was remembered."""
+        ...
 
 
 class TrainState(NamedTuple):
@@ -47,12 +78,14 @@ class StepConfig:
     Attributes:
         class_dropout: probability that an image trains the null class.
         label_smoothing: of the cross-entropy.
+        mean_over: what the loss is the mean over, see `row_loss`.
         ema_decay: of the parameters' moving average.
         accumulation: microbatches whose gradients are averaged.
     """
 
     class_dropout: float = 0.235
     label_smoothing: float = 0.1
+    mean_over: MeanOver = "images"
     ema_decay: float = 0.9999
     accumulation: int = 1
 
@@ -73,16 +106,17 @@ def make_draws(
 
 
 def row_loss(
-    model: ENAT,
-    ema_model: ENAT,
+    model: Network,
+    ema_model: Network,
     token_ids: Int[Array, "b g l"],
     draws: Draws,
     plans: Sequence[Plan],
     *,
     label_smoothing: float,
+    mean_over: MeanOver = "images",
     key: jax.Array | None = None,
 ) -> Float[Array, ""]:
-    """Mean over images of the mean loss over each image's masked tokens (ENAT section 4).
+    """Mean loss over the masked tokens of rows (ENAT section 4).
 
     Previous features come from the moving average in evaluation mode, from one pass over the
     previous tokens alone, without a gradient.
@@ -94,40 +128,40 @@ def row_loss(
         draws: reveal orders and classes.
         plans: the plan of each image in a row.
         label_smoothing: of the cross-entropy.
+        mean_over: `images` takes the mean of every image's mean, `tokens` counts every masked
+            token of a row alike.
         key: turns dropout on.
     """
     in_order = jnp.take_along_axis(token_ids, draws.order, axis=-1)
-    ends = [(p.previous, p.previous + p.new, p.previous + p.new + p.masked) for p in plans]
+    ends = [(0, p.previous, p.previous + p.new, sum(p)) for p in plans]
 
-    def pack(x: Int[Array, "b g l"], part: int) -> Int[Array, "b n"]:
-        bounds = [(end[part - 1] if part else 0, end[part]) for end in ends]
+    def pack(x: Int[Array, "b g l"], first: int, last: int) -> Int[Array, "b n"]:
+        bounds = [(end[first], end[last]) for end in ends]
         parts = [x[:, image, start:end] for image, (start, end) in enumerate(bounds)]
         return jnp.concatenate(parts, axis=1)
 
-    features = None
-    if any(plan.previous for plan in plans):
-        ema_plans = [Plan(0, plan.previous, plan.new + plan.masked) for plan in plans]
-        features = ema_model.encode(
-            ema_model.modulate(draws.class_ids),
-            pack(in_order, 0),
-            pack(draws.order, 0),
-            ema_plans,
-        )
-        features = jax.lax.stop_gradient(features)
-    out = model(
-        model.modulate(draws.class_ids),
-        pack(in_order, 1),
-        pack(draws.order, 1),
-        pack(draws.order, 2),
+    features = ema_model.remember(
+        draws.class_ids,
+        pack(in_order, 0, 1),
+        pack(draws.order, 0, 1),
+        pack(draws.order, 1, 3),
         plans,
-        features=features,
+    )
+    logits = model.train_logits(
+        draws.class_ids,
+        pack(in_order, 1, 2),
+        pack(draws.order, 1, 2),
+        pack(draws.order, 2, 3),
+        plans,
+        features=jax.lax.stop_gradient(features),
         key=key,
     )
-    weights = np.concatenate([np.full(plan.masked, 1 / plan.masked) for plan in plans])
+    by_image = mean_over == "images"
+    weights = [np.full(plan.masked, 1 / plan.masked if by_image else 1.0) for plan in plans]
     return masked_cross_entropy(
-        model.logits(out.masked),
-        pack(in_order, 2),
-        jnp.asarray(weights, jnp.float32),
+        logits,
+        pack(in_order, 2, 3),
+        jnp.asarray(np.concatenate(weights), jnp.float32),
         label_smoothing=label_smoothing,
     )
 
@@ -187,6 +221,7 @@ def training_step(
                 draws,
                 plans,
                 label_smoothing=cfg.label_smoothing,
+                mean_over=cfg.mean_over,
                 key=key,
             )
 

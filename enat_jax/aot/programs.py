@@ -124,7 +124,7 @@ def compile_programs(
     *,
     only_first: bool = False,
     folder: pathlib.Path | None = None,
-    at_once: int = 2,
+    at_once: int = 3,
 ) -> Iterator[Report]:
     """Compiles the programs of a run; their reports come in order.
 

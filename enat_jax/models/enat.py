@@ -12,12 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 from enat_jax.models.attention import Implementation
 from enat_jax.models.block import BLOCK_EPSILON, Block
 from enat_jax.models.head import Head
-from enat_jax.models.layers import EMBEDDING_STD, TokenEmbedding, dropout, layer_norm
+from enat_jax.models.layers import (
+    EMBEDDING_STD,
+    Constrain,
+    TokenEmbedding,
+    dropout,
+    layer_norm,
+)
 from enat_jax.models.reuse import ReuseProjection
 from enat_jax.models.stack import Remat, make_stack, map_stack, run_stack, unstack
 from enat_jax.plans import Plan
-
-Constrain = Callable[[Array, Literal["rows", "columns", "whole"]], Array]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class ENATConfig:
     """Sizes of ENAT and how it computes.
 
     Attributes:
+        name: which network this is.
         length: tokens per image.
         codebook_size: number of discrete codes; also the mask token's id.
         num_classes: number of classes; also the null class's id.
@@ -39,6 +44,7 @@ class ENATConfig:
         remat: what the backward pass recomputes.
     """
 
+    name: Literal["enat"] = "enat"
     length: int = 256
     codebook_size: int = 1024
     num_classes: int = 1000
@@ -56,6 +62,11 @@ class ENATConfig:
     def mask_id(self) -> int:
         """The id that stands for a masked token."""
         return self.codebook_size
+
+    @property
+    def carries_features(self) -> bool:
+        """Whether a step can read what earlier steps computed."""
+        return True
 
     @property
     def null_class_id(self) -> int:
@@ -297,6 +308,45 @@ class ENAT(nnx.Module):
         """Scores over the codebook, float32."""
         return self.head(features, self.embedding.word[...])
 
+    # What training asks of a network (`training_step.Network`).
+
+    def remember(
+        self,
+        class_ids: Int[Array, "b g"],
+        token_ids: Int[Array, "b p"],
+        positions: Int[Array, "b p"],
+        hidden_positions: Int[Array, "b h"],
+        plans: Sequence[Plan],
+    ) -> Float[Array, "b p d"] | None:
+        """Features of the previous tokens as an earlier step saw them, with the others hidden."""
+        if not token_ids.shape[1]:
+            return None
+        earlier = [Plan(0, plan.previous, plan.new + plan.masked) for plan in plans]
+        return self.encode(self.modulate(class_ids), token_ids, positions, earlier)
+
+    def train_logits(
+        self,
+        class_ids: Int[Array, "b g"],
+        token_ids: Int[Array, "b n"],
+        positions: Int[Array, "b n"],
+        masked_positions: Int[Array, "b m"],
+        plans: Sequence[Plan],
+        *,
+        features: Float[Array, "b p d"] | None,
+        key: jax.Array | None,
+    ) -> Float[Array, "b m v"]:
+        """Logits of a row's masked tokens; `features` come from `remember`."""
+        out = self(
+            self.modulate(class_ids),
+            token_ids,
+            positions,
+            masked_positions,
+            plans,
+            features=features,
+            key=key,
+        )
+        return self.logits(out.masked)
+
     # What the generation loop asks of a network (`generate.Network`).
 
     def condition(self, class_ids: Int[Array, " b"]) -> Modulation:
@@ -330,7 +380,7 @@ class ENAT(nnx.Module):
         update = jax.lax.dynamic_update_slice_in_dim
         if out.previous is not None:
             state = update(state, out.previous, 0, axis=1)
-        if out.new is not None:
+        if out.new is not None and state.shape[1]:
             start = shape.previous if counts is None else counts.previous
             state = update(state, out.new, start, axis=1)
         return self.logits(out.masked), state

@@ -1,41 +1,25 @@
-"""ENAT's matrix-product FLOPs by formula, two per multiply-add."""
+"""A network's matrix-product FLOPs by formula, two per multiply-add."""
 
 from collections.abc import Sequence
 
-from enat_jax.models.enat import ENATConfig
+from enat_jax.models import autonat_flops, enat_flops
+from enat_jax.models.autonat import AutoNATConfig
+from enat_jax.models.network import NetworkConfig
 from enat_jax.plans import Bucket, Plan
 
 
-def modulation_flops(cfg: ENATConfig) -> float:
-    """AdaLN's vectors of all blocks, for one class of one image."""
-    return 2.0 * (cfg.encoder_depth + cfg.decoder_depth) * 8 * cfg.width**2
+def step_flops(cfg: NetworkConfig, plan: Plan) -> float:
+    """One network call on one branch of one image; ENAT's modulation left out."""
+    if isinstance(cfg, AutoNATConfig):
+        return autonat_flops.step_flops(cfg, plan)
+    return enat_flops.step_flops(cfg, plan)
 
 
-def _block_flops(cfg: ENATConfig, own: int, context: int) -> float:
-    d = cfg.width
-    own_products = own * (d * d + 2 * d * d + d * d + 2 * cfg.mlp_ratio * d * d)
-    context_products = context * 2 * d * d
-    attention = 2 * own * (own + context) * d
-    return 2.0 * (own_products + context_products + attention)
-
-
-def encoder_flops(cfg: ENATConfig, plan: Plan) -> float:
-    """The encoder on one image's new tokens; nothing where there are none."""
-    return cfg.encoder_depth * _block_flops(cfg, plan.new, plan.previous) if plan.new else 0.0
-
-
-def step_flops(cfg: ENATConfig, plan: Plan) -> float:
-    """One network call on one branch of one image, modulation left out."""
-    reuse = 2.0 * plan.previous * 2 * cfg.mlp_ratio * cfg.width**2
-    decoder = cfg.decoder_depth * _block_flops(cfg, plan.masked, plan.previous + plan.new)
-    head = 2.0 * plan.masked * cfg.width * (cfg.width + cfg.codebook_size)
-    return reuse + encoder_flops(cfg, plan) + decoder + head
-
-
-def generation_flops(cfg: ENATConfig, buckets: Sequence[Bucket], *, padded: bool) -> float:
+def generation_flops(cfg: NetworkConfig, buckets: Sequence[Bucket], *, padded: bool) -> float:
     """Generating one image, with or without what the buckets' padding adds."""
     branches = 2 if any(bucket.guided for bucket in buckets) else 1
-    total = branches * modulation_flops(cfg)
+    once = 0.0 if isinstance(cfg, AutoNATConfig) else enat_flops.modulation_flops(cfg)
+    total = branches * once
     for bucket in buckets:
         for plan in bucket.plans:
             shape = bucket.shape if padded else plan
@@ -43,18 +27,8 @@ def generation_flops(cfg: ENATConfig, buckets: Sequence[Bucket], *, padded: bool
     return total
 
 
-def training_flops(cfg: ENATConfig, plans: Sequence[Plan]) -> float:
-    """One image of a training step, averaged over the plans of a row.
-
-    The student's forward pass counts three times (the backward pass is two), the EMA network's
-    pass over the previous tokens once. What remat computes again is not counted.
-    """
-    total = 0.0
-    for plan in plans:
-        student = step_flops(cfg, plan) + modulation_flops(cfg)
-        # the head's word matrix is detached: no product for its gradient
-        detached = 2.0 * plan.masked * cfg.width * cfg.codebook_size
-        ema = encoder_flops(cfg, Plan(0, plan.previous, plan.masked + plan.new))
-        ema += modulation_flops(cfg) if plan.previous else 0.0
-        total += 3 * student - detached + ema
-    return total / len(plans)
+def training_flops(cfg: NetworkConfig, plans: Sequence[Plan]) -> float:
+    """One image of a training step, averaged over the plans of a row."""
+    if isinstance(cfg, AutoNATConfig):
+        return sum(autonat_flops.training_flops(cfg, plan) for plan in plans) / len(plans)
+    return sum(enat_flops.training_flops(cfg, plan) for plan in plans) / len(plans)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from enat_jax.models.layers import LayerNorm, Linear, product
+from enat_jax.models.layers import LayerNorm, Linear, product, xavier_uniform
 
 EPSILON = 1e-5  # of the norms after the last block
 
@@ -13,10 +13,18 @@ EPSILON = 1e-5  # of the norms after the last block
 class Head(nnx.Module):
     """BERT's masked-token head; its output matrix is the embedding's, without its gradient."""
 
-    def __init__(self, width: int, codebook_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        codebook_size: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        kernel_init: nnx.Initializer = xavier_uniform,
+    ):
         self.dtype = dtype
         self.norm_in = LayerNorm(width, epsilon=EPSILON)
-        self.linear = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.linear = Linear(width, width, dtype=dtype, rngs=rngs, kernel_init=kernel_init)
         self.norm_out = LayerNorm(width, epsilon=EPSILON)
         self.bias = nnx.Param(jnp.zeros(codebook_size + 1))  # the mask's is never used
 

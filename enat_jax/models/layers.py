@@ -1,7 +1,8 @@
 """The small layers every network is made of: linear, normalisation, MLP, embeddings."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jaxtyping import Array, Float, Int, PyTree
 xavier_uniform = nnx.initializers.xavier_uniform()
 zeros = nnx.initializers.zeros_init()
 EMBEDDING_STD = 0.02
+Constrain = Callable[[Array, Literal["rows", "columns", "whole"]], Array]
+"""Lays activations out on devices; see `ENAT`."""
 LINEAR = "linear"  # what the outputs of linear layers are called where remat chooses what to keep
 
 
@@ -71,6 +74,7 @@ class Linear(nnx.Module):
         dtype: of operands and result.
         rngs: keys of the initialisation.
         kernel_init: of the kernel as a matrix.
+        use_bias: whether to add one.
     """
 
     def __init__(
@@ -81,17 +85,20 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         kernel_init: nnx.Initializer = xavier_uniform,
+        use_bias: bool = True,
     ):
         self.dtype = dtype
         out = (features_out,) if isinstance(features_out, int) else features_out
         kernel = kernel_init(rngs.params(), (features_in, math.prod(out)))
         self.kernel = nnx.Param(kernel.reshape(features_in, *out))
-        self.bias = nnx.Param(jnp.zeros(out))
+        self.bias = nnx.Param(jnp.zeros(out)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*c"]:
         """Applies the layer to the last axis."""
         y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return checkpoint_name((y + self.bias[...]).astype(self.dtype), LINEAR)
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return checkpoint_name(y.astype(self.dtype), LINEAR)
 
 
 def cast_kernels(params: PyTree, dtype: jnp.dtype) -> PyTree:
@@ -124,16 +131,26 @@ class LayerNorm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with a tanh-approximated GELU between them."""
+    """Two linear layers with a GELU between them, ENAT's with the tanh approximation."""
 
-    def __init__(self, width: int, mlp_ratio: float, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        mlp_ratio: float,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        kernel_init: nnx.Initializer = xavier_uniform,
+        approximate: bool = True,
+    ):
         hidden = int(width * mlp_ratio)
-        self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.approximate = approximate
+        self.up = Linear(width, hidden, dtype=dtype, rngs=rngs, kernel_init=kernel_init)
+        self.down = Linear(hidden, width, dtype=dtype, rngs=rngs, kernel_init=kernel_init)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Applies the MLP to the last axis."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(jax.nn.gelu(self.up(x), approximate=self.approximate))
 
 
 class TokenEmbedding(nnx.Module):

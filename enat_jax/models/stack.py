@@ -27,18 +27,20 @@ def run_stack(
     place_block: Callable[[Any], Any] = lambda block: block,
     *,
     remat: Remat = "none",
-) -> Array:
+    keep: bool = False,
+) -> Any:
     """Runs `x = apply(block, x, inputs)` over the blocks.
 
     Args:
         blocks: one module with stacked parameters (a scan: compile time does not grow with depth),
             or an `nnx.List` of modules (a loop: no copy of a layer's weights out of the stack).
         x: what the first block reads.
-        per_block: what `map_stack` returned for these blocks.
+        per_block: what `map_stack` returned for these blocks, or None.
         apply: one block.
         place_block: applied to a block first; placement rules go in here.
         remat: what the backward pass recomputes: nothing, whole blocks, or all but what
             linear layers return.
+        keep: also returns what every block gave, as `map_stack` would.
     """
     policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR)}
 
@@ -48,15 +50,19 @@ def run_stack(
     # Placing is done again in the backward pass, too: weights are kept as they lie in the stack.
     run = placed if remat == "none" else jax.checkpoint(placed, policy=policies[remat])
     if isinstance(blocks, nnx.List):
-        for block, inputs in zip(blocks, per_block, strict=True):
-            x = run(block, x, inputs)
-        return x
-    inputs = jnp.moveaxis(per_block, 1, 0)
+        given = []
+        for number, block in enumerate(blocks):
+            x = run(block, x, None if per_block is None else per_block[number])
+            given.append(x)
+        return (x, given) if keep else x
+    inputs = None if per_block is None else jnp.moveaxis(per_block, 1, 0)
 
-    def body(x: Array, item: tuple[Any, Any]) -> tuple[Array, None]:
-        return run(item[0], x, item[1]), None
+    def body(x: Array, item: tuple[Any, Any]) -> tuple[Array, Array | None]:
+        x = run(item[0], x, item[1])
+        return x, x if keep else None
 
-    return jax.lax.scan(body, x, (blocks, inputs))[0]
+    x, given = jax.lax.scan(body, x, (blocks, inputs))
+    return (x, jnp.moveaxis(given, 0, 1)) if keep else x
 
 
 def map_stack(blocks: Any, apply: Callable[[Any], Array]) -> Any:

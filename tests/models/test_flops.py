@@ -10,9 +10,9 @@ from flax import nnx
 from enat_jax.config import load_config
 from enat_jax.generate import generate, plan_generation
 from enat_jax.models.enat import ENAT, ENATConfig, Modulation
+from enat_jax.models.enat_flops import modulation_flops
 from enat_jax.models.flops import (
     generation_flops,
-    modulation_flops,
     step_flops,
     training_flops,
 )
