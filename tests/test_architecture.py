@@ -26,7 +26,8 @@ LEVELS = [
     {"sample", "convert", "training_loop", "run"},
     {"train", "held_out", "tokenize_dataset", "check_records", "evaluate",
      "reference_statistics", "digits.score"},
-    {"bench", "train_tokenizer", "aot"},
+    {"bench", "train_tokenizer", "aot", "objective"},
+    {"search", "ablate", "similarity"},
     {"verbs"},
     {"__main__"},
 ]  # fmt: skip

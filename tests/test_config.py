@@ -12,11 +12,14 @@ from enat_jax.config import (
     override_config,
 )
 from enat_jax.config_file import ConfigError
+from enat_jax.models.autonat import AutoNATConfig
+from enat_jax.models.enat import ENATConfig
 from enat_jax.tokenizer_config import load_tokenizer_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 TOKENIZERS = sorted(FOLDER.glob("*_tokenizer.py"))  # configs of a VQGAN's training
-CONFIGS = sorted(set(FOLDER.glob("*.py")) - set(TOKENIZERS))
+STUDIES = [*FOLDER.glob("ablate_*.py"), *FOLDER.glob("search_*.py")]  # of what is trained already
+CONFIGS = sorted(set(FOLDER.glob("*.py")) - set(TOKENIZERS) - set(STUDIES))
 DIGITS = "configs/digits.py"
 
 
@@ -205,6 +208,35 @@ class TestErrors:
     )
     def test_an_override_that_is_none_is_refused(self, text, part):
         assert part in refusal(text, fields={"model": {"width": 64, "num_heads": 4}})
+
+
+class TestNetworks:
+    """The section `model` is of one network or another, as its field `name` says."""
+
+    def test_enat_unless_another_is_named(self):
+        assert isinstance(override_config({}, []).model, ENATConfig)
+
+    def test_the_one_named_has_its_own_fields(self):
+        fields = {"model": {"depth": 6}, "train": {"reuse_probability": 0.0}}
+        model = override_config(fields, ["model.name=autonat"]).model
+        assert model == AutoNATConfig(depth=6)
+        assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(
+            override_config(fields, ["model.name=autonat"])
+        )))).model == model  # fmt: skip
+
+    def test_fields_of_the_other_are_refused(self):
+        assert "model.encoder_depth = 3 is no field of model" in refusal(
+            "model.encoder_depth=3", "model.name=autonat"
+        )
+
+    def test_an_unknown_one_comes_with_those_there_are(self):
+        assert refusal("model.name=maskgit") == (
+            "config: model.name = 'maskgit' must be one of 'enat', 'autonat'"
+        )
+
+    def test_one_that_carries_no_features_cannot_be_trained_to_reuse_them(self):
+        line = refusal("model.name=autonat", "train.reuse_probability=0.5")
+        assert "train.reuse_probability = 0.5 must be 0" in line
 
 
 class TestOverrides:

@@ -383,6 +383,7 @@ def test_the_unconditional_branch_runs_only_where_it_is_read(guidance_scale, bat
         ([(0, 0, 9), (0, 2, 7), (2, 3, 4)], (0, 0, 1), [False, True, True]),
         ([(0, 0, 9), (0, 2, 7), (2, 3, 4)], (1, 1, 0), [True, True, False]),
         ([(0, 0, 9), (0, 0, 9), (0, 5, 4)], (0, 0, 1), [False, False, True]),  # nothing revealed
+        ([(0, 0, 9), (0, 2, 7), (0, 5, 4)], (0, 0, 1), [False, False, True]),  # nothing reused
         ([(0, 0, 9)], (0,), [False]),
         ([(0, 0, 9)], (2,), [True]),
     ],

@@ -49,6 +49,10 @@ class TestGeneration:
         assert {sum(plan) for plan in plans} == {length}
         assert min(min(plan) for plan in plans) >= 0
 
+    def test_without_reuse_all_visible_tokens_are_new_at_every_step(self):
+        plans = generation_plans((251, 236, 212, 181, 142, 97, 49, 0), 256, reuse=False)
+        assert plans == tuple((0, before + new, masked) for before, new, masked in COSINE_8)
+
     def test_previous_tokens_are_all_that_were_visible_one_step_before(self):
         for before, after in itertools.pairwise(cosine_plans(16)):
             assert after.previous == before.previous + before.new
