@@ -1,4 +1,5 @@
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ from enat_jax.strategy import (
     SCHEDULES,
     GenerationStrategy,
     StrategyConfig,
+    clip_ratios,
+    clipped_counts,
     make_strategy,
     read_strategy,
     write_strategy,
 )
 
+PUBLISHED = pathlib.Path(__file__).parents[1] / "configs/strategies/autonat_l_256_t8.yaml"
 FIELDS = ("mask_ratio", "choice_temperature", "sampling_temperature", "guidance_scale")
 
 # AutoNAT's published strategy for 256 x 256 at 8 steps, to five digits
@@ -66,7 +70,7 @@ class TestRules:
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_a_schedule_falls_from_1_to_0(self, schedule):
-        ratios = SCHEDULES[schedule](np.linspace(0, 1, 101))
+        ratios = SCHEDULES[schedule](np.linspace(0, 1, 101), 256)
         assert ratios[0] == pytest.approx(1)
         assert ratios[-1] == pytest.approx(0, abs=1e-12)
         assert np.all(np.diff(ratios) < 0)
@@ -74,11 +78,15 @@ class TestRules:
     @pytest.mark.parametrize(
         ("schedule", "half"),
         [("cosine", 0.5**0.5), ("linear", 0.5), ("square", 0.75), ("cubic", 0.875),
-         ("sqrt", 1 - 0.5**0.5), ("arccos", 2 / 3)],
+         ("sqrt", 1 - 0.5**0.5), ("arccos", 2 / 3), ("log", 1 / 6)],
     )  # fmt: skip
     def test_a_schedule_is_its_formula(self, schedule, half):
-        strategy = make_strategy(StrategyConfig(schedule=schedule, steps=2))
+        strategy = make_strategy(StrategyConfig(schedule=schedule, steps=2), length=64)
         np.testing.assert_allclose(strategy.mask_ratio, [half, 0])
+
+    def test_the_log_schedule_needs_the_number_of_tokens(self):
+        with pytest.raises(ValueError, match="'log' needs at least 2 tokens per image, not None"):
+            make_strategy(StrategyConfig(schedule="log"))
 
     def test_no_steps_are_refused(self):
         with pytest.raises(ValueError, match="steps is 0, must be at least 1"):
@@ -110,7 +118,64 @@ class TestCounts:
             strategy.masked_counts(64)
 
 
+class TestAutonatsRule:
+    """floor(length * ratio), clipped to [1, masked before - 1], the last one 0."""
+
+    @pytest.mark.parametrize(
+        ("ratios", "counts"),
+        [
+            ([0.9, 0.5], (7, 4, 0)),  # as ENAT's rule where nothing is clipped
+            ([0.99, 1.0, 0.9], (7, 6, 5, 0)),  # every step reveals at least one token
+            ([0.5, 0.8, 0.4], (4, 3, 2, 0)),  # a ratio that rises
+            ([0.01, 0.5], (1, 1, 0)),  # something is left for the last step
+        ],
+    )
+    def test_counts_of_eight_tokens_by_hand(self, ratios, counts):
+        assert clipped_counts(np.array(ratios), 8) == counts
+
+    def test_the_masking_is_a_choice(self):
+        cfg = StrategyConfig(schedule="sqrt", steps=12)
+        with pytest.raises(ValueError, match="leaves no token for step 12 of 12"):
+            make_strategy(cfg).masked_counts(16)
+        autonat = make_strategy(dataclasses.replace(cfg, masking="autonat"))
+        assert autonat.masked_counts(16)[-2:] == (1, 0)
+
+    def test_published_counts_are_those_of_both_rules(self):
+        one, other = (read_strategy(PUBLISHED, masking=masking) for masking in ("enat", "autonat"))
+        expected = (244, 225, 203, 190, 159, 104, 66, 0)
+        assert one.masked_counts(256) == other.masked_counts(256) == expected
+
+    @pytest.mark.parametrize("length", [8, 49, 64, 100, 256])
+    def test_clipped_ratios_have_the_same_counts_under_either_rule(self, length):
+        rng = np.random.default_rng(length)
+        for steps in (2, 4, 8):
+            for _ in range(50):
+                ratios = rng.uniform(0, 0.99, size=steps - 1)
+                counts = clipped_counts(ratios, length)
+                clipped = clip_ratios(ratios, length)
+                for masking in ("enat", "autonat"):
+                    ones = arrays(**{name: np.ones(steps) for name in FIELDS})
+                    ours = GenerationStrategy(**ones | {"mask_ratio": clipped}, masking=masking)
+                    assert ours.masked_counts(length) == counts
+
+    def test_ratios_that_need_no_clipping_are_kept(self):
+        ratios = np.array(SEARCHED["manual_ratios"])
+        np.testing.assert_array_equal(clip_ratios(ratios, 256), [*ratios, 0])
+
+
 class TestFile:
+    def test_the_published_strategy_is_there_to_all_digits(self):
+        content = yaml.safe_load(PUBLISHED.read_text())
+        assert {key: [round(x, 5) for x in values] for key, values in content.items()} == SEARCHED
+        assert content["manual_ratios"][0] == 0.9531645174140464
+        assert content["manual_samp_temp"][-1] == 0.7133060703601533
+
+    def test_the_file_used_by_a_config_must_have_its_steps(self, write):
+        cfg = StrategyConfig(rule="file", file=str(write(SEARCHED)), masking="autonat")
+        assert make_strategy(cfg).masking == "autonat"
+        with pytest.raises(ValueError, match=r"has 8 steps, but strategy\.steps = 4"):
+            make_strategy(dataclasses.replace(cfg, steps=4))
+
     def test_autonats_published_keys_are_read(self, write):
         strategy = read_strategy(write(SEARCHED))
         np.testing.assert_array_equal(strategy.mask_ratio, [*SEARCHED["manual_ratios"], 0])
@@ -139,9 +204,14 @@ class TestFile:
     def test_a_strategy_survives_its_file(self, tmp_path, steps):
         strategy = make_strategy(StrategyConfig(steps=steps))
         write_strategy(strategy, tmp_path / "s.yaml")
-        again = make_strategy(StrategyConfig(rule="file", file=str(tmp_path / "s.yaml")))
+        again = read_strategy(tmp_path / "s.yaml", steps=steps)
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(again, name), getattr(strategy, name))
+
+    def test_a_last_choice_temperature_above_0_survives(self, write, tmp_path):
+        longer = {**SEARCHED, "manual_temp": [*SEARCHED["manual_temp"], 0.3]}
+        write_strategy(read_strategy(write(longer)), tmp_path / "again.yaml")
+        assert read_strategy(tmp_path / "again.yaml").choice_temperature[-1] == 0.3
 
     def test_a_searched_file_survives_being_read_and_written(self, write, tmp_path):
         write_strategy(read_strategy(write(SEARCHED)), tmp_path / "again.yaml")
@@ -150,6 +220,7 @@ class TestFile:
     def refusal(self, path):
         with pytest.raises(ValueError, match="strategy file") as caught:
             read_strategy(path)
+        assert "\n" not in str(caught.value)
         assert str(path) in str(caught.value)
         return str(caught.value)
 
@@ -164,13 +235,24 @@ class TestFile:
         content = {**SEARCHED, "manual_scale": [1.0]}
         del content["manual_cfg"]
         message = self.refusal(write(content))
-        assert "manual_scale" in message.partition("must be")[0]
-        assert "manual_cfg" in message.partition("must be")[2]
+        assert "unknown key 'manual_scale'; no key 'manual_cfg'; keys must be" in message
 
-    def test_lengths_that_do_not_fit_are_named(self, write):
-        message = self.refusal(write({**SEARCHED, "manual_cfg": [1.0] * 7}))
-        assert "'guidance_scale': (7,)" in message
-        assert "'sampling_temperature': (8,)" in message
+    @pytest.mark.parametrize("key", ["manual_cfg", "manual_samp_temp", "manual_temp"])
+    def test_lengths_that_do_not_fit_are_named(self, write, key):
+        message = self.refusal(write({**SEARCHED, key: [1.0] * 5}))
+        wrong = "manual_cfg" if key == "manual_samp_temp" else key
+        assert f"{wrong} has {len(SEARCHED[wrong]) if wrong != key else 5} values" in message
+        assert f"manual_samp_temp has {5 if key == 'manual_samp_temp' else 8}" in message
+
+    def test_a_ratio_that_rises_is_named_with_its_step(self, write):
+        rising = [0.9, 0.5, 0.6, 0.4, 0.3, 0.2, 0.1]
+        message = self.refusal(write({**SEARCHED, "manual_ratios": rising}))
+        assert "must not rise, but is 0.6 at step 3 after 0.5" in message
+
+    @pytest.mark.parametrize("value", [".nan", ".inf"])
+    def test_a_number_that_is_not_finite_is_named(self, write, value):
+        text = yaml.safe_dump({**SEARCHED, "manual_cfg": 8 * ["X"]}).replace("X", value)
+        assert "guidance_scale must be finite" in self.refusal(write(text))
 
     @pytest.mark.parametrize("values", [["a"] * 8, [[1.0], [2.0, 3.0]], None])
     def test_values_that_are_no_numbers_are_refused(self, write, values):
@@ -181,7 +263,7 @@ class TestFile:
     ("field", "value", "message"),
     [
         ("mask_ratio", [0.5, 0.1], "mask_ratio must end at 0, not 0.1"),
-        ("mask_ratio", [1.5, 0.0], "mask_ratio must fall within"),
+        ("mask_ratio", [1.5, 0.0], "mask_ratio must be within"),
         ("choice_temperature", [-1.0, 0.0], "choice_temperature must be >= 0"),
         ("sampling_temperature", [1.0, 0.0], "sampling_temperature must be > 0"),
         ("guidance_scale", [0.0, -2.0], "guidance_scale must be >= 0"),
@@ -196,7 +278,7 @@ def test_a_value_out_of_range_is_named(field, value, message):
 
 def test_a_mask_ratio_that_rises_is_refused():
     three = {name: [1.0] * 3 for name in FIELDS}
-    with pytest.raises(ValueError, match="mask_ratio must fall"):
+    with pytest.raises(ValueError, match="mask_ratio must not rise"):
         GenerationStrategy(**arrays(**three | {"mask_ratio": [0.2, 0.4, 0.0]}))
 
 
