@@ -22,7 +22,17 @@ def key_value_bias(x: np.ndarray) -> np.ndarray:
     return rearrange(x, "(k o) -> k o", k=2)
 
 
-# PyTorch name, our path, what happens to the tensor
+# PyTorch name, our path, what happens to the tensor; AutoNAT's head has the same names
+HEAD_TABLE = [
+    ("norm.weight", "head.norm_in.scale", None),
+    ("norm.bias", "head.norm_in.bias", None),
+    ("mlm_layer.fc.weight", "head.linear.kernel", transpose),
+    ("mlm_layer.fc.bias", "head.linear.bias", None),
+    ("mlm_layer.ln.weight", "head.norm_out.scale", None),
+    ("mlm_layer.ln.bias", "head.norm_out.bias", None),
+    ("mlm_layer.bias", "head.bias", flatten),
+]
+
 TABLE = [
     ("x_embedder.word_embeddings.weight", "embedding.word", None),
     ("x_embedder.position_embeddings.weight", "embedding.position", None),
@@ -35,13 +45,7 @@ TABLE = [
     ("prev_proj.mlp.fc1.bias", "reuse_projection.mlp.up.bias", None),
     ("prev_proj.mlp.fc2.weight", "reuse_projection.mlp.down.kernel", transpose),
     ("prev_proj.mlp.fc2.bias", "reuse_projection.mlp.down.bias", None),
-    ("norm.weight", "head.norm_in.scale", None),
-    ("norm.bias", "head.norm_in.bias", None),
-    ("mlm_layer.fc.weight", "head.linear.kernel", transpose),
-    ("mlm_layer.fc.bias", "head.linear.bias", None),
-    ("mlm_layer.ln.weight", "head.norm_out.scale", None),
-    ("mlm_layer.ln.bias", "head.norm_out.bias", None),
-    ("mlm_layer.bias", "head.bias", flatten),
+    *HEAD_TABLE,
 ]
 
 # within `blocks.N`: the first blocks are the encoder, the others the decoder
@@ -61,6 +65,10 @@ BLOCK_TABLE = [
     ("mlp.fc2.weight", "mlp.down.kernel", transpose),
     ("mlp.fc2.bias", "mlp.down.bias", None),
 ]
+
+BESIDE = "num_heads and enc_dec"  # what weights do not tell, as a `config.json` beside them has it
+
+RECIPE: dict[str, dict[str, Any]] = {}  # a config's defaults are ENAT's already
 
 
 def never_read(name: str) -> bool:
@@ -92,26 +100,75 @@ def sizes_from_weights(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Raises:
         ConvertError: a tensor that tells a size is missing or not a matrix.
     """
-    needed = {
-        "word": "x_embedder.word_embeddings.weight",
-        "position": "x_embedder.position_embeddings.weight",
-        "classes": "y_embedder.embedding_table.weight",
-        "hidden": "blocks.0.mlp.fc1.weight",
-    }
-    absent = [name for name in needed.values() if np.ndim(weights.get(name, 0)) != 2]
-    if absent:
-        raise ConvertError(f"these are not ENAT's weights: no matrix {', '.join(absent)}")
-    rows = {key: weights[name].shape[0] for key, name in needed.items()}
-    width = weights[needed["word"]].shape[1]
+    shapes = matrix_shapes(
+        weights,
+        "ENAT",
+        word="x_embedder.word_embeddings.weight",
+        position="x_embedder.position_embeddings.weight",
+        classes="y_embedder.embedding_table.weight",
+        hidden="blocks.0.mlp.fc1.weight",
+    )
+    width = shapes["word"][1]
     blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
     return {
-        "length": rows["position"],
-        "codebook_size": rows["word"] - 1,
-        "num_classes": rows["classes"] - 1,
+        "length": shapes["position"][0],
+        "codebook_size": shapes["word"][0] - 1,
+        "num_classes": shapes["classes"][0] - 1,
         "width": width,
-        "mlp_ratio": rows["hidden"] / width,
+        "mlp_ratio": shapes["hidden"][0] / width,
         "depth": max(blocks) + 1,
     }
+
+
+def matrix_shapes(
+    weights: Mapping[str, np.ndarray], network: str, **needed: str
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of matrices that tell sizes.
+
+    Args:
+        weights: tensors by name.
+        network: whose they should be.
+        needed: what each is to be called, and its name among the weights.
+
+    Raises:
+        ConvertError: one is missing or not a matrix; all such are named.
+    """
+    absent = [name for name in needed.values() if np.ndim(weights.get(name, 0)) != 2]
+    if absent:
+        raise ConvertError(f"these are not {network}'s weights: no matrix {', '.join(absent)}")
+    return {key: weights[name].shape for key, name in needed.items()}
+
+
+def differences(cfg: ENATConfig, sizes: Mapping[str, Any]) -> list[str]:
+    """Where a config is of another network than the weights, one phrase each."""
+    wrong = [
+        f"model.{name} = {getattr(cfg, name)}, the weights have {value}"
+        for name, value in sizes.items()
+        if name != "depth" and getattr(cfg, name) != value
+    ]
+    ours = cfg.encoder_depth + cfg.decoder_depth
+    if ours != sizes["depth"]:
+        both = "model.encoder_depth + model.decoder_depth"
+        wrong.append(f"{both} = {ours}, the weights have {sizes['depth']} blocks")
+    return wrong
+
+
+def complete(sizes: Mapping[str, Any], recorded: Any) -> dict[str, Any]:
+    """All sizes: what the weights tell, and of the reference's own config what they do not.
+
+    Raises:
+        KeyError, TypeError, ValueError: the reference's config does not have it.
+        ConvertError: its depths are not the weights'.
+    """
+    heads, (encoder, decoder) = recorded["num_heads"], recorded["enc_dec"]
+    if not all(isinstance(number, int) for number in (heads, encoder, decoder)):
+        raise TypeError(f"{BESIDE} must be whole numbers")
+    told = {name: value for name, value in sizes.items() if name != "depth"}
+    if encoder + decoder != sizes["depth"]:
+        raise ConvertError(
+            f"enc_dec = {[encoder, decoder]}, the weights have {sizes['depth']} blocks"
+        )
+    return {**told, "num_heads": heads, "encoder_depth": encoder, "decoder_depth": decoder}
 
 
 def grid_of(length: int) -> tuple[int, int]:

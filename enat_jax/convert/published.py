@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 
 from enat_jax.checkpoint import Checkpoints
 from enat_jax.config import Config, config_from_dict
+from enat_jax.convert import autonat as autonat_rules
 from enat_jax.convert import enat as enat_rules
 from enat_jax.convert import vqgan as vqgan_rules
 from enat_jax.convert.apply import ConvertError, apply_rules
@@ -20,78 +22,69 @@ from enat_jax.convert.flax_file import is_flax_file, read_flax
 from enat_jax.convert.torch_file import read_weights
 from enat_jax.convert.torch_pickle import WeightFileError
 from enat_jax.convert.verify import Comparison, verify
+from enat_jax.convert.verify_autonat import verify_autonat
 from enat_jax.convert.verify_images import verify_inception, verify_vqgan
 from enat_jax.digests import file_digest
 from enat_jax.generation_program import abstract_params
 from enat_jax.metrics.inception import Inception
-from enat_jax.models.enat import ENAT
 from enat_jax.tokenizer import CHECKPOINTS, abstract_vqgan
 from enat_jax.tokenizers.vqgan import VQGANConfig
 
+_TABLES: dict[str, ModuleType] = {"enat": enat_rules, "autonat": autonat_rules}
 
-def convert_enat(
+
+def convert_network(
     source: str | os.PathLike[str],
     *,
+    name: str = "enat",
     config: Config | None = None,
     key: str | None = None,
 ) -> tuple[Config, nnx.State]:
-    """Reads published ENAT weights.
+    """Reads the published weights of a network that predicts tokens.
 
     Args:
         source: a `.pth` or `.safetensors` file.
-        config: says what weights cannot (heads, encoder depth); by default they are read from a
-            `config.json` beside the source, with the reference's `num_heads` and `enc_dec`.
+        name: which network, `enat` or `autonat`.
+        config: says what weights cannot (heads; ENAT's encoder depth); by default it is read from
+            a `config.json` beside the source, with the reference's `num_heads` and `enc_dec`.
         key: which entry of a training checkpoint holds the weights.
 
     Raises:
         UserError: an unreadable file, or weights that do not fit, every tensor named.
     """
+    table = _TABLES[name]
+    if config is not None and config.model.name != name:
+        raise ConvertError(f"the config's model.name is {config.model.name!r}, must be {name!r}")
     weights = read_weights(source, key)
-    sizes = enat_rules.sizes_from_weights(weights)
-    depth = sizes.pop("depth")
+    sizes = table.sizes_from_weights(weights)
     if config is not None:
-        model = dataclasses.asdict(config.model)
-        wrong = [
-            f"model.{name} = {model[name]}, the weights have {value}"
-            for name, value in sizes.items()
-            if model[name] != value
-        ]
-        ours = model["encoder_depth"] + model["decoder_depth"]
-        if ours != depth:
-            both = "model.encoder_depth + model.decoder_depth"
-            wrong.append(f"{both} = {ours}, the weights have {depth} blocks")
-        if wrong:
+        if wrong := table.differences(config.model, sizes):
             raise ConvertError(f"the weights are of another model: {'; '.join(wrong)}")
-        fields = dataclasses.asdict(config)
     else:
-        heads, encoder, decoder = _beside(pathlib.Path(source), depth)
-        sizes |= {"num_heads": heads, "encoder_depth": encoder, "decoder_depth": decoder}
         grid = enat_rules.grid_of(sizes["length"])
-        fields = {"model": sizes, "tokenizer": {"name": "none", "grid": grid}}
-    config = config_from_dict(fields)
+        model = {"name": name, **_with_config_beside(pathlib.Path(source), table, sizes)}
+        tokenizer = {"name": "none", "grid": grid}
+        config = config_from_dict({"model": model, "tokenizer": tokenizer, **table.RECIPE})
     _, abstract = abstract_params(config.model)
-    table = enat_rules.rules(config.model)
-    return config, apply_rules(table, weights, abstract, unused=enat_rules.never_read)
+    return config, apply_rules(
+        table.rules(config.model), weights, abstract, unused=table.never_read
+    )
 
 
-def _beside(source: pathlib.Path, depth: int) -> tuple[int, int, int]:
-    """Heads and depths from a `config.json` beside the source."""
+def _with_config_beside(
+    source: pathlib.Path, table: ModuleType, sizes: dict[str, Any]
+) -> dict[str, Any]:
+    """All sizes of a network, those that weights do not tell from a `config.json` beside them."""
     path = source.parent / "config.json"
-    advice = f"give --config, or put num_heads and enc_dec into {path}"
+    advice = f"give --config, or put {table.BESIDE} into {path}"
     try:
-        recorded = json.loads(path.read_text())
-        heads, (encoder, decoder) = recorded["num_heads"], recorded["enc_dec"]
-        if not all(isinstance(number, int) for number in (heads, encoder, decoder)):
-            raise TypeError("num_heads and enc_dec must be whole numbers")
+        return table.complete(sizes, json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise ConvertError(f"weights do not tell heads and encoder depth: {advice}") from error
+        raise ConvertError(f"weights do not tell {table.BESIDE}: {advice}") from error
+    except ConvertError as error:
+        raise ConvertError(f"{path}: {error}") from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConvertError(f"{path}: {type(error).__name__}: {error}; {advice}") from error
-    if encoder + decoder != depth:
-        raise ConvertError(
-            f"{path}: enc_dec = {[encoder, decoder]}, the weights have {depth} blocks"
-        )
-    return heads, encoder, decoder
 
 
 def convert_vqgan(
@@ -127,27 +120,28 @@ def convert_vqgan(
         raise ConvertError(f"{source}: {error}") from error
 
 
-def replay_enat(config: Config, params: nnx.State, files: Sequence[str]) -> list[Comparison]:
+def replay_network(config: Config, params: nnx.State, files: Sequence[str]) -> list[Comparison]:
     """Replays recordings on the imported network, in float32 whatever the config says.
 
     Raises:
         ConvertError: a file that cannot be read or holds nothing to replay.
     """
-    model_cfg = dataclasses.replace(config.model, dtype="float32", attention="xla")
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: ENAT(model_cfg, rngs=nnx.Rngs(0))))
+    cfg = dataclasses.replace(config.model, dtype="float32", attention="xla")
+    graphdef, _ = abstract_params(cfg)
     model = nnx.merge(graphdef, params)
-    return _replay(files, lambda recorded: verify(model, recorded))
+    compare_all = verify_autonat if cfg.name == "autonat" else verify
+    return _replay(files, lambda recorded: compare_all(model, recorded))
 
 
 def replay_vqgan(cfg: VQGANConfig, params: nnx.State, files: Sequence[str]) -> list[Comparison]:
-    """As `replay_enat`; see `verify_images.verify_vqgan` for what the files hold."""
+    """As `replay_network`; see `verify_images.verify_vqgan` for what the files hold."""
     graphdef, _ = abstract_vqgan(cfg)
     model = nnx.merge(graphdef, params)
     return _replay(files, lambda recorded: verify_vqgan(model, recorded))
 
 
 def replay_inception(network: Inception, files: Sequence[str]) -> list[Comparison]:
-    """As `replay_enat`; see `verify_images.verify_inception` for what the files hold."""
+    """As `replay_network`; see `verify_images.verify_inception` for what the files hold."""
     return _replay(files, lambda recorded: verify_inception(network, recorded))
 
 

@@ -14,6 +14,7 @@ from enat_jax.convert.apply import ConvertError
 from enat_jax.generate import StepRecord, generate, plan_generation
 from enat_jax.models.enat import ENAT
 from enat_jax.models.flops import step_flops
+from enat_jax.models.network import Network
 from enat_jax.plans import Plan
 from enat_jax.strategy import GenerationStrategy
 
@@ -57,6 +58,15 @@ def verify(model: ENAT, recorded: Arrays) -> list[Comparison]:
     """
     with jax.default_matmul_precision("highest"):
         found = [*_forward_passes(model, recorded), *_generations(model, recorded)]
+    return something(found, recorded)
+
+
+def something(found: list[Comparison], recorded: Arrays) -> list[Comparison]:
+    """The comparisons, of which there must be any.
+
+    Raises:
+        ConvertError: there are none.
+    """
     if not found:
         raise ConvertError(f"nothing to verify among the keys {sorted(recorded)[:8]} ...")
     return found
@@ -176,15 +186,38 @@ def _generations(model: ENAT, recorded: Arrays) -> list[Comparison]:
 
 def _sampled(model: ENAT, own: Arrays, shared: Arrays) -> dict[str, np.ndarray]:
     """What our own sampler decides at every step on the recorded noise, in raster order."""
-    length, steps = model.cfg.length, len(own["n_mask_next"])
     strategy = GenerationStrategy(
-        mask_ratio=np.append((own["n_mask_next"][:-1] + 0.5) / length, 0.0),
+        mask_ratio=np.append((own["n_mask_next"][:-1] + 0.5) / model.cfg.length, 0.0),
         choice_temperature=own["mask_temp"],
         sampling_temperature=own["samp_temp"],
         guidance_scale=own["cfg_scale"],
     )
+    return decisions(model, strategy, shared, own["n_mask_next"])
+
+
+def decisions(
+    model: Network, strategy: GenerationStrategy, shared: Arrays, masked_after: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What our own sampler decides at every step, in raster order.
+
+    Args:
+        model: an imported network.
+        strategy: the steps.
+        shared: `labels` (B, 1) and the noise, `gumbel_sample` (T, B, L, V) and `gumbel_conf`
+            (T, B, L).
+        masked_after: how many tokens the recording calls masked after each step.
+
+    Returns:
+        `final_ids` (B, L); and (T, B, L) each, `ids` and `is_mask` before every step,
+        `sampled_ids`, `sampled_logp`, `confidence` (infinite where visible), `new_mask`.
+    """
+    length = model.cfg.length
     layout, traced = plan_generation(
-        strategy, length, lambda plan: step_flops(model.cfg, plan), buckets=steps
+        strategy,
+        length,
+        lambda plan: step_flops(model.cfg, plan),
+        reuse=model.cfg.carries_features,
+        buckets=strategy.steps,
     )
     graphdef, params = nnx.split(model)
 
@@ -199,7 +232,7 @@ def _sampled(model: ENAT, own: Arrays, shared: Arrays) -> dict[str, np.ndarray]:
             record=True,
         )
 
-    final, records = jax.jit(run)(params, jnp.asarray(shared["labels"][:, 0]))
+    final, records = jax.jit(run)(params, jnp.asarray(shared["labels"][:, 0], jnp.int32))
     batch = final.shape[0]
     ids = np.full((batch, length), model.cfg.mask_id, np.int32)
     out: dict[str, list[np.ndarray]] = {}
@@ -215,7 +248,7 @@ def _sampled(model: ENAT, own: Arrays, shared: Arrays) -> dict[str, np.ndarray]:
             np.put_along_axis(raster, record.positions, value, axis=1)
             values[name] = raster
         new_mask = np.ones((batch, length), bool)
-        np.put_along_axis(new_mask, record.order[:, : length - own["n_mask_next"][step]], False, 1)
+        np.put_along_axis(new_mask, record.order[:, : length - masked_after[step]], False, axis=1)
         values |= {"ids": ids, "is_mask": is_mask, "sampled_ids": sampled, "new_mask": new_mask}
         for name, value in values.items():
             out.setdefault(name, []).append(value)

@@ -72,6 +72,11 @@ class AutoNATConfig:
         return False
 
     @property
+    def carries_masked_features(self) -> bool:
+        """Whether a step reads what the one before computed of tokens then masked."""
+        return False
+
+    @property
     def null_class_id(self) -> int:
         """The class of the unconditional branch."""
         return self.num_classes
@@ -84,7 +89,7 @@ class UViTBlock(nnx.Module):
         width, dtype = cfg.width, jnp.dtype(cfg.dtype)
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "kernel_init": normal}
         self.num_heads = cfg.num_heads
-        self.attention: Implementation = cfg.attention
+        self.implementation: Implementation = cfg.attention
         self.skip = Linear(2 * width, width, **options) if reads_skip else None
         self.attention_norm = LayerNorm(width, epsilon=EPSILON)
         # the three on an axis of their own, so that devices can share out the heads
@@ -100,11 +105,15 @@ class UViTBlock(nnx.Module):
         if self.skip is not None:
             assert skip is not None
             x = self.skip(jnp.concatenate([x, skip], axis=-1))
-        of_all = self.query_key_value(self.attention_norm(x))
-        q, k, v = rearrange(of_all, "b n r (h c) -> r b n h c", h=self.num_heads)
-        y = attend(q, k, v, implementation=self.attention)
-        x = x + self.out(rearrange(y, "b n h c -> b n (h c)"))
+        x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
+
+    def attention(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """All tokens read all tokens."""
+        of_all = self.query_key_value(x)
+        q, k, v = rearrange(of_all, "b n r (h c) -> r b n h c", h=self.num_heads)
+        y = attend(q, k, v, implementation=self.implementation)
+        return self.out(rearrange(y, "b n h c -> b n (h c)"))
 
 
 class AutoNAT(nnx.Module):
@@ -233,7 +242,11 @@ class AutoNAT(nnx.Module):
         shape: Plan,
         counts: Plan | None,
     ) -> tuple[Float[Array, "b m v"], tuple[()]]:
-        """Logits of the masked tokens; padding costs nothing but rows of the head."""
+        """Logits of the masked tokens; padding costs nothing but rows of the head.
+
+        Plans have no previous tokens: all visible ones are new to every step.
+        """
+        assert shape.previous == 0
         both_ids = jnp.concatenate(
             [token_ids, jnp.full_like(masked_positions, self.cfg.mask_id)], axis=1
         )

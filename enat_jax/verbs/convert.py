@@ -9,19 +9,19 @@ from enat_jax.errors import UserError
 
 def define(values: flags.FlagValues) -> None:
     """Defines the verb's flags."""
-    flags.DEFINE_enum("kind", None, ["enat", "vqgan", "inception"],
+    flags.DEFINE_enum("kind", None, ["enat", "autonat", "vqgan", "inception"],
                       "whose weights; inception's are read straight from the published file and"
                       " are only checked here", values, required=True)  # fmt: skip
     flags.DEFINE_string("source", None,
                         "a .pth, .ckpt or .safetensors file; vqgan: MaskGIT's Flax files as well",
                         values, required=True)  # fmt: skip
-    flags.DEFINE_string("key", None, "the entry of a training checkpoint; enat, vqgan", values)
-    flags.DEFINE_string("config", None, "says what weights cannot; enat", values)
+    flags.DEFINE_string("key", None, "the entry of a training checkpoint; not inception", values)
+    flags.DEFINE_string("config", None, "says what weights cannot; enat, autonat", values)
     flags.DEFINE_multi_string("verify", [], "recorded arrays (.npz) to replay", values)
     flags.DEFINE_float("tolerance", None, "largest difference accepted; by default 5e-5 (enat),"
-                       " 1e-4 (vqgan), 1e-3 of the largest feature (inception)",
+                       " 1e-4 (autonat, vqgan), 1e-3 of the largest feature (inception)",
                        flag_values=values)  # fmt: skip
-    flags.DEFINE_string("out", None, "the workdir to write; enat, vqgan", values)
+    flags.DEFINE_string("out", None, "the workdir to write; not inception", values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
@@ -35,11 +35,14 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     if given := [f"--{name}" for name in idle if args[name].value is not None]:
         raise UserError(f"--kind={args.kind} takes no {', '.join(given)}")
     write = None
-    if args.kind == "enat":
+    if args.kind in ("enat", "autonat"):
         config = load_config(args.config, overrides) if args.config else None
-        config, params = published.convert_enat(args.source, config=config, key=args.key)
+        config, params = published.convert_network(
+            args.source, name=args.kind, config=config, key=args.key
+        )
         print(f"{args.source} fits: {config.model}")
-        found, tolerance = published.replay_enat(config, params, args.verify), 5e-5
+        found = published.replay_network(config, params, args.verify)
+        tolerance = 5e-5 if args.kind == "enat" else 1e-4
         write = partial(published.write_checkpoint, config, params)
     elif args.kind == "vqgan":
         vqgan, params = published.convert_vqgan(args.source, key=args.key)

@@ -16,7 +16,7 @@ from enat_jax.__main__ import main
 from enat_jax.config import Config, TokenizerConfig, override_config
 from enat_jax.convert import published
 from enat_jax.convert.apply import ConvertError
-from enat_jax.convert.published import convert_enat, write_checkpoint
+from enat_jax.convert.published import convert_network, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -49,25 +49,25 @@ def same_leaves(ours, theirs):
 
 def refusal(*arguments, **options):
     with pytest.raises(ConvertError) as caught:
-        convert_enat(*arguments, **options)
+        convert_network(*arguments, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 class TestSizes:
     def test_heads_and_depths_come_from_the_config_beside_the_weights(self):
-        config, _ = convert_enat(SOURCE)
+        config, _ = convert_network(SOURCE)
         assert config.model == golden_enat_config()
         assert config.tokenizer == TokenizerConfig(name="none", grid=(8, 8))
 
     def test_or_from_the_config_given(self, source, config):
-        found, params = convert_enat(source, config=config)
+        found, params = convert_network(source, config=config)
         assert found == config
-        assert same_leaves(params, convert_enat(SOURCE)[1])
+        assert same_leaves(params, convert_network(SOURCE)[1])
 
     def test_without_either_it_is_said_what_is_missing(self, source):
         message = refusal(source)
-        assert "weights do not tell heads and encoder depth: give --config" in message
+        assert "weights do not tell num_heads and enc_dec: give --config" in message
         assert str(source.parent / "config.json") in message
 
     @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ class TestSizes:
         beside = {"num_heads": 5, "enc_dec": [3, 2]}
         (source.parent / "config.json").write_text(json.dumps(beside))
         with pytest.raises(ValueError, match=r"model.width = 64 must be a multiple"):
-            convert_enat(source)
+            convert_network(source)
 
     def test_a_config_of_another_model_is_refused_with_every_difference(self, source):
         message = refusal(source, config=override_config({}, ["model.encoder_depth=4"]))
@@ -153,15 +153,15 @@ def write_torch(path, arrays, entry=None, compression=zipfile.ZIP_STORED):
 def test_a_torch_file_gives_the_same_network(enat_weights, tmp_path, entry):
     path = write_torch(tmp_path / "enat.pth", enat_weights, entry)
     shutil.copy(GOLDEN / "enat/config.json", tmp_path)
-    config, params = convert_enat(path, key=entry)
-    expected_config, expected = convert_enat(SOURCE)
+    config, params = convert_network(path, key=entry)
+    expected_config, expected = convert_network(SOURCE)
     assert config == expected_config
     assert same_leaves(params, expected)
 
 
 class TestCheckpoint:
     def test_it_loads_as_a_model_with_these_weights(self, tmp_path):
-        config, params = convert_enat(SOURCE)
+        config, params = convert_network(SOURCE)
         write_checkpoint(config, params, tmp_path / "run")
         model = enat_jax.load(tmp_path / "run", layers="stacked")
         assert model.config == config
@@ -170,7 +170,7 @@ class TestCheckpoint:
         assert tokens.shape == (2, 64)
 
     def test_checkpoints_that_are_there_are_not_written_over(self, tmp_path):
-        config, params = convert_enat(SOURCE)
+        config, params = convert_network(SOURCE)
         write_checkpoint(config, params, tmp_path)
         before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
         with pytest.raises(ConvertError, match="holds checkpoints already: nothing is written"):
@@ -187,7 +187,7 @@ class TestCommand:
         out, err = capsys.readouterr()
         assert (code, err) == (0, "")
         lines = out.splitlines()
-        assert lines[0].startswith(f"{SOURCE} fits: ENATConfig(length=64, ")
+        assert lines[0].startswith(f"{SOURCE} fits: ENATConfig(name='enat', length=64, ")
         assert lines[1].startswith("ok   a/half_masked floats: largest difference ")
         assert lines[2] == "ok   a/half_masked ids: 0 of 128 differ"
         assert lines[3] == f"wrote the checkpoint to {tmp_path / 'run'}"
