@@ -8,8 +8,8 @@ from enat_jax.config_file import make_config, read_fields
 from enat_jax.data import DataConfig
 from enat_jax.image_source import ImageConfig
 from enat_jax.loop_config import LoopConfig, check_loop
-from enat_jax.models.enat import ENATConfig
-from enat_jax.models.network import NetworkConfig
+from enat_jax.models.enat_config import ENATConfig
+from enat_jax.models.network import NetworkConfig, network_problems
 from enat_jax.optim import OptimConfig
 from enat_jax.sharding import MeshConfig
 from enat_jax.strategy import SCHEDULES, StrategyConfig, make_strategy
@@ -192,8 +192,7 @@ def check(config: Config) -> list[str]:
         (value >= 1, name, value, "must be at least 1")
         for name, value in {
             **{f"model.{name}": getattr(model, name) for name in
-               ("width", "num_heads", "encoder_depth", "decoder_depth", "depth")
-               if hasattr(model, name)},
+               ("width", "num_heads")},
             "model.length - 1": model.length - 1,
             **{f"train.{name}": getattr(train, name) for name in
                ("accumulation", "images_per_row")},
@@ -241,10 +240,10 @@ def check(config: Config) -> list[str]:
     rules.append((0 <= train.reuse_probability <= 1, "train.reuse_probability",
                   train.reuse_probability, "must be in [0, 1]"))  # fmt: skip
     problems = [f"{name} = {value} {limit}" for holds, name, value, limit in rules if not holds]
-    problems += check_loop(train)
+    problems += network_problems(model) + check_loop(train)
     if not problems and config.strategy.rule != "file":  # a file is read where it is used
         try:
-            make_strategy(config.strategy).masked_counts(model.length)
+            make_strategy(config.strategy, model.length).masked_counts(model.length)
         except ValueError as error:
             problems.append(f"strategy: {error}")
     return problems

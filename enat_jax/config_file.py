@@ -124,10 +124,10 @@ def _build(kind: Any, fields: Any, path: str, problems: list[str]) -> Any:
     return kind(**values)
 
 
-def _sections(kind: Any) -> tuple[Any, ...]:
+def _sections(kind: Any) -> list[Any]:
     """The dataclasses that a section may be; none where the field is no section."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return kinds if all(dataclasses.is_dataclass(each) for each in kinds) else ()
+    return list(kinds) if all(dataclasses.is_dataclass(each) for each in kinds) else []
 
 
 def _typed(kind: Any, value: Any, where: str, problems: list[str]) -> Any:

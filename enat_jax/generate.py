@@ -80,6 +80,7 @@ def plan_generation(
     cost: Callable[[Plan], float],
     *,
     reuse: bool = True,
+    reads_masked: bool = False,
     buckets: int | None = None,
     max_padding: float = 0.15,
 ) -> tuple[Layout, TracedStrategy]:
@@ -93,6 +94,7 @@ def plan_generation(
         length: tokens per image.
         cost: FLOPs of one branch at a plan.
         reuse: whether a step reads features of earlier ones.
+        reads_masked: whether it also reads those of tokens that were masked.
         buckets: number of compiled bodies, see `plans.group_into_buckets`.
         max_padding: most extra FLOPs of the automatic choice.
 
@@ -100,21 +102,27 @@ def plan_generation(
         ValueError: a strategy that does not fit the length.
     """
     plans = generation_plans(strategy.masked_counts(length), length, reuse=reuse)
-    guided = guided_steps(plans, strategy.guidance_scale)
+    guided = guided_steps(plans, strategy.guidance_scale, reads_masked=reuse and reads_masked)
     layout = Layout(
         length, group_into_buckets(plans, guided, cost, buckets=buckets, max_padding=max_padding)
     )
     return layout, trace_strategy(strategy, plans)
 
 
-def guided_steps(plans: Sequence[Plan], guidance_scale: Sequence[float] | np.ndarray) -> list[bool]:
+def guided_steps(
+    plans: Sequence[Plan],
+    guidance_scale: Sequence[float] | np.ndarray,
+    *,
+    reads_masked: bool = False,
+) -> list[bool]:
     """Per step, whether the unconditional branch has to run."""
     guided = []
     read_later = False  # whether a later step reads the unconditional branch's features
     for plan, scale in zip(reversed(plans), reversed(guidance_scale), strict=True):
-        runs = scale != 0 or (read_later and plan.previous + plan.new > 0)
+        runs = scale != 0 or (read_later and (reads_masked or plan.previous + plan.new > 0))
         guided.append(bool(runs))
-        read_later = read_later or (runs and plan.previous > 0)
+        reads = plan.previous > 0 or (reads_masked and plan.new > 0)
+        read_later = read_later or (runs and reads)
     return guided[::-1]
 
 

@@ -118,7 +118,8 @@ class GenerationProgram:
             SampleError: an unknown field or one out of range.
         """
         try:
-            return make_strategy(dataclasses.replace(self.config.strategy, **changes))
+            changed = dataclasses.replace(self.config.strategy, **changes)
+            return make_strategy(changed, self.config.model.length)
         except (TypeError, ValueError) as error:
             raise SampleError(str(error)) from error
 
@@ -135,6 +136,7 @@ class GenerationProgram:
                 cfg.model.length,
                 lambda plan: step_flops(cfg.model, plan),
                 reuse=cfg.model.carries_features and strategy.get("reuse", cfg.strategy.reuse),
+                reads_masked=cfg.model.carries_masked_features,
                 buckets=cfg.sample.buckets or None,
                 max_padding=cfg.sample.max_padding,
             )

@@ -428,3 +428,9 @@ def test_other_numbers_do_not_recompile():
     ours = go(trace_strategy(other, plans))
     assert len(network.batches) == calls
     np.testing.assert_array_equal(ours, ask(network, other, class_ids=(0, 0)).ids)
+
+
+def test_where_masked_tokens_features_are_read_the_first_step_runs_both_branches():
+    plans = [Plan(0, 0, 9), Plan(0, 2, 7), Plan(2, 3, 4)]
+    assert guided_steps(plans, (0, 0, 1), reads_masked=True) == [True, True, True]
+    assert guided_steps(plans, (0, 0, 0), reads_masked=True) == [False, False, False]

@@ -1,16 +1,18 @@
 """ENAT: an encoder for visible tokens, a decoder for masked ones, and reused features."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from enat_jax.models.attention import Implementation
-from enat_jax.models.block import BLOCK_EPSILON, Block
+from enat_jax.models import reuse
+from enat_jax.models.attention import Valid
+from enat_jax.models.block import BLOCK_EPSILON, Block, ContextAttention
+from enat_jax.models.enat_config import ENATConfig
 from enat_jax.models.head import Head
 from enat_jax.models.layers import (
     EMBEDDING_STD,
@@ -19,59 +21,10 @@ from enat_jax.models.layers import (
     dropout,
     layer_norm,
 )
-from enat_jax.models.reuse import ReuseProjection
-from enat_jax.models.stack import Remat, make_stack, map_stack, run_stack, unstack
+from enat_jax.models.reuse import Carried, Features
+from enat_jax.models.shared_stack import lay_together
+from enat_jax.models.stack import make_stack, map_stack, run_stack, unstack
 from enat_jax.plans import Plan
-
-
-@dataclass(frozen=True)
-class ENATConfig:
-    """Sizes of ENAT and how it computes.
-
-    Attributes:
-        name: which network this is.
-        length: tokens per image.
-        codebook_size: number of discrete codes; also the mask token's id.
-        num_classes: number of classes; also the null class's id.
-        width: features per token.
-        num_heads: attention heads; divides `width`.
-        encoder_depth: blocks that new tokens run through.
-        decoder_depth: blocks that masked tokens run through.
-        mlp_ratio: hidden width of the MLPs over `width`.
-        dropout: rate on the embeddings, in training only.
-        dtype: type of activations and matrix operands; parameters stay float32.
-        attention: implementation of attention.
-        remat: what the backward pass recomputes.
-    """
-
-    name: Literal["enat"] = "enat"
-    length: int = 256
-    codebook_size: int = 1024
-    num_classes: int = 1000
-    width: int = 768
-    num_heads: int = 8
-    encoder_depth: int = 15
-    decoder_depth: int = 1
-    mlp_ratio: float = 4.0
-    dropout: float = 0.1
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Implementation = "xla"
-    remat: Remat = "none"
-
-    @property
-    def mask_id(self) -> int:
-        """The id that stands for a masked token."""
-        return self.codebook_size
-
-    @property
-    def carries_features(self) -> bool:
-        """Whether a step can read what earlier steps computed."""
-        return True
-
-    @property
-    def null_class_id(self) -> int:
-        """The class of the unconditional branch."""
-        return self.num_classes
 
 
 class Modulation(NamedTuple):
@@ -81,22 +34,8 @@ class Modulation(NamedTuple):
     decoder: Any
 
 
-class Features(NamedTuple):
-    """Features of a row's tokens by group, None where a group is empty.
-
-    Attributes:
-        previous: projected features of previous tokens.
-        new: the encoder's.
-        masked: the decoder's.
-    """
-
-    previous: Float[Array, "b p d"] | None
-    new: Float[Array, "b n d"] | None
-    masked: Float[Array, "b m d"]
-
-
 class ENAT(nnx.Module):
-    """The network of ENAT (NeurIPS 2024), on rows that pack several images.
+    """The network of ENAT (NeurIPS 2024) and of its ablations, on rows that pack several images.
 
     A row holds `g` images, each with its own `Plan`; token axes run image after image. Positions
     and ids come in reveal order, so that an image's previous, new and masked tokens are slices.
@@ -124,22 +63,24 @@ class ENAT(nnx.Module):
         self.class_embedding = nnx.Param(
             EMBEDDING_STD * jax.random.normal(rngs.params(), (cfg.num_classes + 1, cfg.width))
         )
-        self.reuse_projection = ReuseProjection(
-            cfg.width, cfg.mlp_ratio, dtype=jnp.dtype(cfg.dtype), rngs=rngs
-        )
+        self.reuse_projection = reuse.make_projection(cfg, rngs=rngs)
 
-        def block(rngs: nnx.Rngs) -> Block:
-            return Block(
-                cfg.width,
-                cfg.num_heads,
-                cfg.mlp_ratio,
-                dtype=jnp.dtype(cfg.dtype),
-                attention=cfg.attention,
-                rngs=rngs,
-            )
+        def stack(depth: int, context: ContextAttention) -> Any:
+            def block(rngs: nnx.Rngs) -> Block:
+                return Block(
+                    cfg.width,
+                    cfg.num_heads,
+                    cfg.mlp_ratio,
+                    dtype=jnp.dtype(cfg.dtype),
+                    attention=cfg.attention,
+                    rngs=rngs,
+                    context=context,
+                )
 
-        self.encoder: Any = make_stack(block, cfg.encoder_depth, rngs=rngs)
-        self.decoder: Any = make_stack(block, cfg.decoder_depth, rngs=rngs)
+            return make_stack(block, depth, rngs=rngs) if depth else None
+
+        self.encoder: Any = stack(cfg.encoder_depth, cfg.encoder_attention)
+        self.decoder: Any = stack(cfg.decoder_depth, cfg.decoder_attention)
         self.head = Head(cfg.width, cfg.codebook_size, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
 
     def modulate(self, class_ids: Int[Array, "b g"]) -> Modulation:
@@ -151,7 +92,7 @@ class ENAT(nnx.Module):
             by_columns = jax.tree.map(lambda x: self.constrain(x, "columns"), made)
             return jax.tree.map(lambda x: self.constrain(x, "rows"), by_columns)
 
-        return Modulation(vectors(self.encoder), vectors(self.decoder))
+        return Modulation(vectors(self.encoder), self.decoder and vectors(self.decoder))
 
     def embed(
         self,
@@ -170,78 +111,58 @@ class ENAT(nnx.Module):
         positions: Int[Array, "b n"],
         plans: Sequence[Plan],
         *,
-        previous: Float[Array, "b p d"] | None = None,
-        valid: Bool[Array, " k"] | None = None,
+        previous: Carried | None = None,
+        reused: Sequence[int] = (),
+        valid: Valid | None = None,
         key: jax.Array | None = None,
-    ) -> Float[Array, "b n d"]:
-        """Features of the new tokens, which read previous features and each other.
+    ) -> Carried:
+        """Features of the new tokens, which read reused features and each other.
 
         Args:
             modulation: from `modulate`.
             token_ids: ids of the new tokens.
             positions: their positions.
             plans: the plan of each image in the row.
-            previous: normalised projected features of previous tokens, None where there are none.
-            valid: which of previous and new tokens exist; None for all.
+            previous: normalised projected features of reused tokens, None where there are none.
+            reused: how many they are of each image.
+            valid: which of an image's reused and new tokens exist; None for all.
             key: turns dropout on.
         """
-        own_counts = [plan.new for plan in plans]
-        context_blocks = [[plan.previous for plan in plans]]
-
-        def apply(block: Block, x: Array, vectors: Array) -> Array:
-            x = block(
-                x,
-                previous,
-                vectors,
-                own_counts=own_counts,
-                context_blocks=context_blocks,
-                valid=valid,
-            )
-            return self.constrain(x, "rows")
-
         x = self.embed(token_ids, positions, key)
-        return run_stack(
-            self.encoder, x, modulation.encoder, apply, self.place_block, remat=self.cfg.remat
-        )
+        images = {"own_counts": [p.new for p in plans], "context_blocks": [reused], "valid": valid}
+        if self.cfg.reuse != "all_layers":
+            return self._run(self.encoder, x, modulation.encoder, previous, images)
+        stacked = not isinstance(self.encoder, nnx.List)
+        per_block: Any = modulation.encoder
+        if previous is not None and stacked:
+            per_block = (per_block, rearrange(previous, "b p l d -> b l p d"))
+        elif previous is not None:
+            per_block = list(zip(per_block, jnp.unstack(previous, axis=2), strict=True))
+        kept = self._run(self.encoder, x, per_block, None, images, keep=True)[1]
+        return rearrange(kept, "b l n d -> b n l d") if stacked else jnp.stack(kept, axis=2)
 
-    def decode(
+    def _run(
         self,
-        modulation: Modulation,
-        positions: Int[Array, "b m"],
-        plans: Sequence[Plan],
-        *,
+        blocks: Any,
+        x: Float[Array, "b n d"],
+        per_block: Any,
         context: Float[Array, "b c d"] | None,
-        valid: Bool[Array, " k"] | None = None,
-        key: jax.Array | None = None,
-    ) -> Float[Array, "b m d"]:
-        """Features of the masked tokens, which read the visible ones and each other.
+        images: dict[str, Any],
+        *,
+        keep: bool = False,
+    ) -> Any:
+        """Own tokens through a stack.
 
-        Args:
-            modulation: from `modulate`.
-            positions: positions of the masked tokens.
-            plans: the plan of each image in the row.
-            context: normalised features of all previous, then all new tokens; None if none.
-            valid: which of previous, new and masked tokens exist; None for all.
-            key: turns dropout on.
+        `per_block` holds adaLN's vectors, or pairs of them and contexts; `images` says whose tokens
+        are whose, as `Block` takes it.
         """
-        own_counts = [plan.masked for plan in plans]
-        context_blocks = [[plan.previous for plan in plans], [plan.new for plan in plans]]
 
-        def apply(block: Block, x: Array, vectors: Array) -> Array:
-            x = block(
-                x,
-                context,
-                vectors,
-                own_counts=own_counts,
-                context_blocks=context_blocks,
-                valid=valid,
-            )
-            return self.constrain(x, "rows")
+        def apply(block: Block, x: Array, inputs: Any) -> Array:
+            vectors, read = inputs if isinstance(inputs, tuple) else (inputs, context)
+            return self.constrain(block(x, read, vectors, **images), "rows")
 
-        x = self.embed(self.cfg.mask_id, positions, key)
-        return run_stack(
-            self.decoder, x, modulation.decoder, apply, self.place_block, remat=self.cfg.remat
-        )
+        remat = self.cfg.remat
+        return run_stack(blocks, x, per_block, apply, self.place_block, remat=remat, keep=keep)
 
     def __call__(
         self,
@@ -251,11 +172,11 @@ class ENAT(nnx.Module):
         masked_positions: Int[Array, "b m"],
         plans: Sequence[Plan],
         *,
-        features: Float[Array, "b p d"] | None = None,
+        features: Carried | None = None,
         counts: Plan | None = None,
         key: jax.Array | None = None,
     ) -> Features:
-        """One network call: encode the new tokens, decode the masked ones.
+        """One network call: encode the new tokens, decode the masked ones, which read them.
 
         Args:
             modulation: from `modulate`.
@@ -263,45 +184,63 @@ class ENAT(nnx.Module):
             positions: their positions.
             masked_positions: positions of the masked tokens.
             plans: the (padded) plan of each image in the row.
-            features: features of the previous tokens as the call before returned them.
+            features: features of the previous tokens (or what else is reused) as the call before
+                returned them, image after image.
             counts: traced counts within the padded plan; rows of one image only.
             key: turns dropout on.
 
         Returns:
             The features of all tokens; `logits` reads the masked ones'.
         """
+        if self.cfg.stacks == "shared":
+            row = lay_together(self.cfg, token_ids, positions, masked_positions, plans, counts)
+            x = self.embed(row.token_ids, row.positions, key)
+            images = {"own_counts": row.own_counts, "valid": row.valid}
+            x = self._run(self.encoder, x, modulation.encoder, None, images)
+            return Features(None, x[:, row.visible], x[:, row.masked])
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
+        reused = reuse.reused_counts(self.cfg, features, plans)
         encoder_valid = decoder_valid = None
         if counts is not None:
             (shape,) = plans
-            exists = [jnp.arange(size) < count for size, count in zip(shape, counts, strict=True)]
-            encoder_valid = jnp.concatenate(exists[:2])
-            decoder_valid = jnp.concatenate(exists)
+            exists = reuse.exists(self.cfg, reused[0], shape, counts)
+            encoder_valid = [jnp.concatenate(exists[:2])]
+            decoder_valid = [jnp.concatenate(exists)]
 
-        previous = encoded = None
-        context = []
+        def normalised(x: Array) -> Array:
+            return layer_norm(x, epsilon=BLOCK_EPSILON).astype(x.dtype)
+
+        def last(x: Array) -> Array:
+            return x[:, :, -1] if self.cfg.reuse == "all_layers" else x
+
+        previous = encoded = readable = None
+        context, context_blocks = [], []
         if features is not None and features.shape[1]:
-            previous = self.reuse_projection(features)
-            context.append(layer_norm(previous, epsilon=BLOCK_EPSILON).astype(previous.dtype))
+            previous = reuse.project(self.cfg, self.reuse_projection, features)
+            readable = normalised(previous)
+            context.append(last(readable))
+            context_blocks.append(reused)
         if token_ids.shape[1]:
             encoded = self.encode(
                 modulation,
                 token_ids,
                 positions,
                 plans,
-                previous=context[0] if context else None,
+                previous=readable,
+                reused=reused,
                 valid=encoder_valid,
                 key=encoder_key,
             )
-            context.append(layer_norm(encoded, epsilon=BLOCK_EPSILON).astype(encoded.dtype))
-        x = self.decode(
-            modulation,
-            masked_positions,
-            plans,
-            context=jnp.concatenate(context, axis=1) if context else None,
-            valid=decoder_valid,
-            key=decoder_key,
-        )
+            context.append(normalised(last(encoded)))
+            context_blocks.append([plan.new for plan in plans])
+        visible = jnp.concatenate(context, axis=1) if context else None
+        x = self.embed(self.cfg.mask_id, masked_positions, decoder_key)
+        images = {
+            "own_counts": [plan.masked for plan in plans],
+            "context_blocks": context_blocks,
+            "valid": decoder_valid,
+        }
+        x = self._run(self.decoder, x, modulation.decoder, visible, images)
         return Features(previous, encoded, x)
 
     def logits(self, features: Float[Array, "b n d"]) -> Float[Array, "b n v"]:
@@ -317,12 +256,23 @@ class ENAT(nnx.Module):
         positions: Int[Array, "b p"],
         hidden_positions: Int[Array, "b h"],
         plans: Sequence[Plan],
-    ) -> Float[Array, "b p d"] | None:
-        """Features of the previous tokens as an earlier step saw them, with the others hidden."""
+    ) -> Carried | None:
+        """Features of the previous tokens as an earlier step saw them, with the others hidden.
+
+        With `all_tokens` of the hidden ones too, in images that have previous tokens.
+        """
         if not token_ids.shape[1]:
             return None
+        modulation = self.modulate(class_ids)
         earlier = [Plan(0, plan.previous, plan.new + plan.masked) for plan in plans]
-        return self.encode(self.modulate(class_ids), token_ids, positions, earlier)
+        if self.cfg.reuse != "all_tokens":
+            return self.encode(modulation, token_ids, positions, earlier)
+        earlier = [plan if plan.new else Plan(0, 0, 0) for plan in earlier]
+        hidden = jax.lax.split(hidden_positions, [p.new + p.masked for p in plans], axis=1)
+        kept = [part for part, plan in zip(hidden, earlier, strict=True) if plan.new]
+        out = self(modulation, token_ids, positions, jnp.concatenate(kept, axis=1), earlier)
+        assert out.new is not None
+        return reuse.image_after_image(out.new, out.masked, earlier)
 
     def train_logits(
         self,
@@ -332,7 +282,7 @@ class ENAT(nnx.Module):
         masked_positions: Int[Array, "b m"],
         plans: Sequence[Plan],
         *,
-        features: Float[Array, "b p d"] | None,
+        features: Carried | None,
         key: jax.Array | None,
     ) -> Float[Array, "b m v"]:
         """Logits of a row's masked tokens; `features` come from `remember`."""
@@ -353,41 +303,41 @@ class ENAT(nnx.Module):
         """What one image a row needs from its class at every step."""
         return self.modulate(class_ids[:, None])
 
-    def initial_state(self, batch: int, capacity: int) -> Float[Array, "b p d"]:
-        """Room for the features of `capacity` revealed tokens, in reveal order."""
-        return jnp.zeros((batch, capacity, self.cfg.width), self.cfg.dtype)
+    def initial_state(self, batch: int, capacity: int) -> Carried:
+        """Room for what is carried while `capacity` tokens are revealed; see `reuse`."""
+        return reuse.initial_state(self.cfg, batch, capacity)
 
     def predict(
         self,
         condition: Modulation,
-        state: Float[Array, "b p d"],
+        state: Carried,
         token_ids: Int[Array, "b n"],
         positions: Int[Array, "b n"],
         masked_positions: Int[Array, "b m"],
         shape: Plan,
         counts: Plan | None,
-    ) -> tuple[Float[Array, "b m v"], Float[Array, "b p d"]]:
-        """Logits of the masked tokens, and the features with the new tokens' at their end."""
+    ) -> tuple[Float[Array, "b m v"], Carried]:
+        """Logits of the masked tokens, and the state with this step's features."""
         out = self(
             condition,
             token_ids,
             positions,
             masked_positions,
             [shape],
-            features=state[:, : shape.previous],
+            features=reuse.readable(self.cfg, state, shape),
             counts=counts,
         )
-        update = jax.lax.dynamic_update_slice_in_dim
-        if out.previous is not None:
-            state = update(state, out.previous, 0, axis=1)
-        if out.new is not None and state.shape[1]:
-            start = shape.previous if counts is None else counts.previous
-            state = update(state, out.new, start, axis=1)
+        state = reuse.write(
+            self.cfg, state, out, positions, masked_positions, shape=shape, counts=counts
+        )
         return self.logits(out.masked), state
 
     def unstacked(self) -> "ENAT":
         """The same network with every block's weights in arrays of their own."""
         graphdef, params = nnx.split(self)
         model = nnx.merge(graphdef, params)
-        model.encoder, model.decoder = unstack(self.encoder), unstack(self.decoder)
+        model.encoder = unstack(self.encoder)
+        model.decoder = self.decoder and unstack(self.decoder)
+        if self.cfg.reuse == "all_layers" and self.reuse_projection is not None:
+            model.reuse_projection = unstack(self.reuse_projection)
         return model

@@ -8,11 +8,14 @@ from enat_jax.models.network import NetworkConfig
 from enat_jax.plans import Bucket, Plan
 
 
-def step_flops(cfg: NetworkConfig, plan: Plan) -> float:
-    """One network call on one branch of one image; ENAT's modulation left out."""
+def step_flops(cfg: NetworkConfig, plan: Plan, *, reuse: bool = True) -> float:
+    """One network call on one branch of one image; ENAT's modulation left out.
+
+    `reuse` says whether it is one of several that reuse features, where the plan does not tell.
+    """
     if isinstance(cfg, AutoNATConfig):
         return autonat_flops.step_flops(cfg, plan)
-    return enat_flops.step_flops(cfg, plan)
+    return enat_flops.step_flops(cfg, plan, reuse=reuse)
 
 
 def generation_flops(cfg: NetworkConfig, buckets: Sequence[Bucket], *, padded: bool) -> float:
@@ -20,10 +23,11 @@ def generation_flops(cfg: NetworkConfig, buckets: Sequence[Bucket], *, padded: b
     branches = 2 if any(bucket.guided for bucket in buckets) else 1
     once = 0.0 if isinstance(cfg, AutoNATConfig) else enat_flops.modulation_flops(cfg)
     total = branches * once
+    reuse = any(plan.previous for bucket in buckets for plan in bucket.plans)
     for bucket in buckets:
         for plan in bucket.plans:
             shape = bucket.shape if padded else plan
-            total += (2 if bucket.guided else 1) * step_flops(cfg, shape)
+            total += (2 if bucket.guided else 1) * step_flops(cfg, shape, reuse=reuse)
     return total
 
 

@@ -6,11 +6,21 @@ from typing import Any
 from flax import nnx
 
 from enat_jax.models.autonat import AutoNAT, AutoNATConfig
-from enat_jax.models.enat import ENAT, ENATConfig
+from enat_jax.models.enat import ENAT
+from enat_jax.models.enat_config import ENATConfig, problems
 from enat_jax.models.layers import Constrain
 
 NetworkConfig = ENATConfig | AutoNATConfig
 Network = ENAT | AutoNAT
+
+
+def network_problems(cfg: NetworkConfig) -> list[str]:
+    """Which fields cannot be, or do not go together: a phrase each, with value, limit and field."""
+    if isinstance(cfg, ENATConfig):
+        return problems(cfg)
+    if cfg.depth >= 2 and cfg.depth % 2 == 0:
+        return []
+    return [f"model.depth = {cfg.depth} must be an even number, at least 2"]
 
 
 def make_network(
@@ -21,5 +31,7 @@ def make_network(
     place_block: Callable[[Any], Any] = lambda block: block,
 ) -> Network:
     """The network that a config describes; see `ENAT` for what the callables do."""
-    kind = AutoNAT if isinstance(cfg, AutoNATConfig) else ENAT
-    return kind(cfg, rngs=rngs, constrain=constrain, place_block=place_block)
+    hooks: dict[str, Any] = {"constrain": constrain, "place_block": place_block}
+    if isinstance(cfg, AutoNATConfig):
+        return AutoNAT(cfg, rngs=rngs, **hooks)
+    return ENAT(cfg, rngs=rngs, **hooks)

@@ -35,7 +35,7 @@ def run_stack(
         blocks: one module with stacked parameters (a scan: compile time does not grow with depth),
             or an `nnx.List` of modules (a loop: no copy of a layer's weights out of the stack).
         x: what the first block reads.
-        per_block: what `map_stack` returned for these blocks, or None.
+        per_block: what `map_stack` returned for these blocks, a tree of such arrays, or None.
         apply: one block.
         place_block: applied to a block first; placement rules go in here.
         remat: what the backward pass recomputes: nothing, whole blocks, or all but what
@@ -55,9 +55,9 @@ def run_stack(
             x = run(block, x, None if per_block is None else per_block[number])
             given.append(x)
         return (x, given) if keep else x
-    inputs = None if per_block is None else jnp.moveaxis(per_block, 1, 0)
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), per_block)
 
-    def body(x: Array, item: tuple[Any, Any]) -> tuple[Array, Array | None]:
+    def body(x: Array, item: tuple[Any, Any]) -> tuple[Array, Any]:
         x = run(item[0], x, item[1])
         return x, x if keep else None
 
