@@ -1,0 +1,1 @@
+"""Search for generation strategies, and for the training that goes with them."""
