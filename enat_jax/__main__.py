@@ -7,11 +7,14 @@ from absl import flags
 
 from enat_jax.errors import UserError
 from enat_jax.verbs import (
+    ablate,
     bench,
     convert,
     evaluate,
     host_flags,
     sample,
+    search,
+    similarity,
     statistics,
     tokenize,
     train,
@@ -27,6 +30,9 @@ VERBS: dict[str, Any] = {
     "train_tokenizer": train_tokenizer,
     "statistics": statistics,
     "convert": convert,
+    "search": search,
+    "ablate": ablate,
+    "similarity": similarity,
     "bench": bench,
     "compile": compile_ahead,
 }

@@ -69,7 +69,8 @@ class TestHelp:
         wanted = {"train": "--workdir", "sample": "--per_class", "convert": "--verify",
                   "bench": "--batch_sizes", "tokenize": "--check", "evaluate": "--seed",
                   "statistics": "--size", "train_tokenizer": "--workdir",
-                  "compile": "--topology"}  # fmt: skip
+                  "compile": "--topology", "search": "--out", "ablate": "--out",
+                  "similarity": "--samples"}  # fmt: skip
         assert wanted[verb] in out
 
     @pytest.mark.parametrize("verb", VERBS)
