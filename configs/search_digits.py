@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
             "steps": 4,
             "start": "run",
             "optimiser": "cma",
-            "num_images": (300, 1000),
-            "updates": (20, 10),
+            "num_images": (200, 400),
+            "updates": (12, 4),
             "objective": {"name": "digits"},
         }
     )

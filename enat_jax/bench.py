@@ -16,6 +16,9 @@ from flax import nnx
 from enat_jax.accelerators import accelerator_of
 from enat_jax.config import Config, TokenizerConfig
 from enat_jax.errors import UserError
+from enat_jax.generation_program import GenerationProgram
+from enat_jax.models.enat_config import ENATConfig
+from enat_jax.models.enat_flops import paper_gflops
 from enat_jax.models.flops import generation_flops, step_flops, training_flops
 from enat_jax.models.network import make_network
 from enat_jax.plans import padding
@@ -27,7 +30,7 @@ from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from enat_jax.tokenizers.vqgan_flops import decode_flops, encode_flops
 
 _MATMUL = 2048
-_WHAT = ("sample", "train", "encode", "decode")
+_WHAT = ("sample", "train", "encode", "decode", "flops")
 
 
 def bench(
@@ -47,9 +50,10 @@ def bench(
 
     Args:
         config: the experiment.
-        what: any of `sample`, `train`, `encode` and `decode`; the last two are the VQGAN's, at
-            the config's grid: of the sizes in `tokenizer.weights`, or if nothing is there
-            MaskGIT's.
+        what: any of `sample`, `train`, `encode`, `decode` and `flops`. `encode` and `decode` are
+            the VQGAN's, at the config's grid: of the sizes in `tokenizer.weights`, or if nothing is
+            there MaskGIT's. `flops` runs nothing: it is what the config's strategy costs by
+            formula, in our unit and in the papers'.
         batch_sizes: images per call of the sampler.
         dtypes: activation types to measure; the config's by default.
         layers: how the sampler lays out depth, see `Sampler`.
@@ -80,7 +84,9 @@ def bench(
     }
     for dtype in dtypes or [config.model.dtype]:
         cfg = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-        cases = [_bench_train(cfg, repeats)] if "train" in what else []
+        cases = [_count_flops(cfg)] if "flops" in what else []
+        if "train" in what:
+            cases.append(_bench_train(cfg, repeats))
         if "sample" in what:
             cases += _bench_sample(cfg, batch_sizes, layers, repeats)
         for way in ("encode", "decode"):
@@ -91,6 +97,21 @@ def bench(
                           for k, v in case.items()))  # fmt: skip
         result["cases"] += cases
     return result
+
+
+def _count_flops(config: Config) -> dict[str, Any]:
+    model = config.model
+    layout, _ = GenerationProgram(config, make_mesh(config.mesh), None).plan()
+    plans = [plan for bucket in layout.buckets for plan in bucket.plans]
+    case = {
+        "what": "flops",
+        "dtype": model.dtype,
+        "steps": layout.steps,
+        "gigaflop_per_image": generation_flops(model, layout.buckets, padded=False) / 1e9,
+    }
+    if isinstance(model, ENATConfig):
+        case["paper_gigamac_per_image"] = paper_gflops(model, plans)
+    return case
 
 
 def _bench_sample(

@@ -313,6 +313,14 @@ class TestBench:
             )
             assert case["mfu"] is None  # a CPU's peak is in no data sheet
 
+    def test_flops_are_counted_in_the_papers_unit_too(self, capsys):
+        config = "configs/ablations/disentangled_8_8.py"
+        assert main(["bench", f"--config={config}", "--what=flops"]) == 0
+        (case,) = json.loads(capsys.readouterr().out)["cases"]
+        assert case["paper_gigamac_per_image"] == pytest.approx(40.2, rel=0.05)  # the paper's
+        # ours runs one branch in the first step, where nothing is guided
+        assert 1 < 2 * case["paper_gigamac_per_image"] / case["gigaflop_per_image"] < 1.1
+
     def test_a_vqgan_is_measured_both_ways_at_the_configs_grid(self, monkeypatch, capsys):
         monkeypatch.setattr(bench_module, "_MATMUL", 64)
         monkeypatch.setattr(bench_module, "VQGANConfig", lambda: SMALL_VQGAN)

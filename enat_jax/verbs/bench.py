@@ -12,7 +12,7 @@ from enat_jax.errors import UserError
 def define(values: flags.FlagValues) -> None:
     """Defines the verb's flags."""
     flags.DEFINE_string("config", None, "the config file", values, required=True)
-    flags.DEFINE_list("what", ["sample"], "sample, train, encode, decode", values)
+    flags.DEFINE_list("what", ["sample"], "sample, train, encode, decode, flops", values)
     flags.DEFINE_list("batch_sizes", ["1"], "images per call of the sampler", values)
     flags.DEFINE_list("dtypes", [], "float32, bfloat16; the config's by default", values)
     flags.DEFINE_enum("layers", "auto", ["auto", "stacked", "unstacked"],
