@@ -432,5 +432,5 @@ def test_other_numbers_do_not_recompile():
 
 def test_where_masked_tokens_features_are_read_the_first_step_runs_both_branches():
     plans = [Plan(0, 0, 9), Plan(0, 2, 7), Plan(2, 3, 4)]
-    assert guided_steps(plans, (0, 0, 1), reads_masked=True) == [True, True, True]
-    assert guided_steps(plans, (0, 0, 0), reads_masked=True) == [False, False, False]
+    assert guided_steps(plans, (0.0, 0.0, 1.0), reads_masked=True) == [True, True, True]
+    assert guided_steps(plans, (0.0, 0.0, 0.0), reads_masked=True) == [False, False, False]

@@ -2,8 +2,6 @@
 
 from absl import flags
 
-from enat_jax.verbs import host_flags
-
 
 def define(values: flags.FlagValues) -> None:
     """Defines the verb's flags."""
@@ -14,12 +12,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "step", None, "which checkpoint; the newest by default", flag_values=values
     )
-    host_flags.define(values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     """Does the job; returns the exit code."""
-    host_flags.connect(args)
     from enat_jax.compilation_cache import keep_compiled_programs
     from enat_jax.config import override_config
     from enat_jax.sample import restore
