@@ -64,7 +64,7 @@ def ablate(
     folder = pathlib.Path(out)
     table = Table(folder, about, order, scores)
     missing = table.missing()
-    planned = f"{len(points)} points of {len({p.layout for p in points})} shapes"
+    planned = f"{len(points)} points, {len({(p.generator, p.layout) for p in points})} programs"
     say(f"{planned}, {len(missing)} of {len(order)} rows to measure")
     _measure(cfg, points, objectives, table, say)
     drawn = [

@@ -130,7 +130,7 @@ def test_the_summary_and_the_plot_are_there(done):
     assert [row["seeds"] for row in rows(out, "summary.csv")] == ["2"] * 4
     with Image.open(out / "pareto.png") as image:
         assert image.size[0] > 1000
-    assert said[0] == "4 points of 2 shapes, 8 of 8 rows to measure"
+    assert said[0] == "4 points, 2 programs, 8 of 8 rows to measure"
     assert "min left" in said[1]
     assert said[-1] == f"wrote results.csv, summary.csv, pareto.png, sheet.png to {out}"
 
