@@ -188,10 +188,15 @@ def check_points(found: Iterable[Setting], *, warn: Callable[[str], object] = pr
 def read_model(workdir: str, *, warn: Callable[[str], object] = print) -> Model:
     """What the newest checkpoint of a run holds; its weights are read, but not kept.
 
+    A run whose training is not done is told.
+
     Raises:
         CheckpointError: no readable checkpoint there, or one of another kind.
     """
     restored = restore(workdir, warn=warn)
+    planned = restored.config.train.steps
+    if 0 < restored.step < planned:  # imported weights are of step 0
+        warn(f"{workdir}: its training stands at step {restored.step} of {planned}")
     digest = weights_digest(jax.tree.map(gathered, restored.ema))
     return Model(restored.config, restored.step, digest, restored.tokenizer_digest)
 

@@ -2,14 +2,15 @@ import dataclasses
 
 import pytest
 
+from enat_jax.ablate import points
 from enat_jax.ablate.config import AblateConfig
 from enat_jax.ablate.points import AblateError, by_program, check_points, settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def points_of(workdir, grid=None, points=None):
-    return check_points(settings(AblateConfig(grid=grid or {}, points=points or {}), str(workdir)))
+def points_of(workdir, grid=None, named=None):
+    return check_points(settings(AblateConfig(grid=grid or {}, points=named or {}), str(workdir)))
 
 
 class TestSettings:
@@ -88,8 +89,17 @@ class TestPoints:
 
     def test_two_points_with_the_same_settings_are_refused(self, trained):
         with pytest.raises(AblateError, match="points 'a' and 'b' are the same"):
-            points_of(trained, points={"a": {"strategy": {"steps": 3}},
+            points_of(trained, named={"a": {"strategy": {"steps": 3}},
                                        "b": {"strategy": {"steps": 3}}})  # fmt: skip
+
+    def test_a_run_that_was_stopped_is_told(self, trained, monkeypatch):
+        whole, told = points.restore, []
+        setting = settings(AblateConfig(points={"one": {}}), str(trained))
+        check_points(setting, warn=told.append)
+        assert told == []
+        monkeypatch.setattr(points, "restore", lambda *a, **k: whole(*a, **k)._replace(step=2))
+        check_points(setting, warn=told.append)
+        assert told == [f"{trained}: its training stands at step 2 of 4"]
 
     def test_reuse_changes_the_plan(self, trained):
         on, off = points_of(trained, {"strategy": {"steps": 3, "reuse": (True, False)}})
