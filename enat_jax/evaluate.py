@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from enat_jax.config import EvaluateConfig
 from enat_jax.convert.inception import load_inception
+from enat_jax.differences import differences
 from enat_jax.digests import file_digest, weights_digest
 from enat_jax.errors import UserError
 from enat_jax.features import FeatureExtractor
@@ -22,10 +23,11 @@ from enat_jax.hosts import require_agreement, speaker, speaks
 from enat_jax.metrics.collected import Collected
 from enat_jax.metrics.inception import Features
 from enat_jax.metrics.moments import local_rows
-from enat_jax.metrics.reference import read_reference, write_whole
+from enat_jax.metrics.reference import read_reference
 from enat_jax.sample import Restored, Sampler, sampler_of
 from enat_jax.sharding import batch_sharding, batch_shards, put, replicated
 from enat_jax.tokenizers.levels import as_uint8
+from enat_jax.whole_files import write_arrays, write_json
 
 T = TypeVar("T")
 ENOUGH = 2048  # images: fewer leave the covariance of the pool features short of full rank
@@ -103,7 +105,7 @@ def evaluate(
     def result() -> dict[str, Any]:  # of process 0, where a save leaves everything
         scores = {name: each.scores(reference) for name, each in state.collected.items()}
         found = {"scores": scores, **about}
-        pathlib.Path(out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(out, found)
         state.remove()
         return found
 
@@ -237,21 +239,16 @@ class _State:
                 arrays = dict(file)
         except Exception as error:  # NumPy lets pass what zip files raise
             raise EvaluateError(f"cannot read {self._path}: {error}; remove it") from error
-        self._refuse_another(json.loads(str(arrays["about"])), about)
+        if found := differences(json.loads(str(arrays["about"])), about):
+            raise EvaluateError(
+                f"{self._path} belongs to another evaluation ({found}): remove it, or choose"
+                " another --out"
+            )
         for name, file in self._features.items():
             prefix = f"{name}/"
             own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
             self.collected[name] = Collected.from_arrays(own, file)
         return int(arrays["done"])
-
-    def _refuse_another(self, there: dict[str, Any], here: dict[str, Any]) -> None:
-        here = json.loads(json.dumps(here))
-        wrong = [f"{k} = {here[k]}, there {there.get(k)}" for k in here if here[k] != there.get(k)]
-        if wrong:
-            raise EvaluateError(
-                f"{self._path} belongs to another evaluation ({'; '.join(wrong)}): remove it, or"
-                " choose another --out"
-            )
 
     def save(self) -> None:
         """Writes what all hosts gathered, whole or not at all; all call it together."""
@@ -262,7 +259,7 @@ class _State:
         arrays: dict[str, Any] = {"about": np.array(self._about), "done": np.array(self.done)}
         for name, each in self.collected.items():
             arrays |= {f"{name}/{key}": value for key, value in each.as_arrays().items()}
-        write_whole(self._path, arrays)
+        write_arrays(self._path, arrays)
 
     def remove(self) -> None:
         """Removes the files; the result is there."""

@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from enat_jax.whole_files import written_whole
+
 _SMALLEST_CELL = 64  # smaller images are enlarged in a grid, pixel by pixel
 _GAP = 4
 
@@ -83,10 +85,8 @@ def write_npz(
         batches: images of one size, as many in all as there are class ids.
         class_ids: one per image.
     """
-    whole = pathlib.Path(path)
-    partial = whole.with_name(whole.name + ".partial")
     count = 0
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with written_whole(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for batch in batches:
                 if not count:
@@ -99,4 +99,3 @@ def write_npz(
             raise ValueError(f"{count} images for {len(class_ids)} class ids")
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, np.asarray(class_ids))
-    partial.rename(whole)

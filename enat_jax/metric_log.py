@@ -14,6 +14,8 @@ import numpy as np
 import tensorboardX
 from jaxtyping import UInt8
 
+from enat_jax.whole_files import written_whole
+
 _FLUSH_SECONDS = 10  # how far TensorBoard's files may lag behind; they lose this much to a kill
 
 
@@ -92,12 +94,8 @@ def _keep_up_to(path: pathlib.Path, last_step: int) -> None:
     kept = [line for line in lines if _is_kept(line, last_step)]
     if kept == lines:
         return
-    rewritten = path.with_suffix(".jsonl.tmp")
-    with rewritten.open("wb") as file:
+    with written_whole(path) as part, open(part, "wb") as file:
         file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(rewritten, path)
 
 
 def _is_kept(line: bytes, last_step: int) -> bool:

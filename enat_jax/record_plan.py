@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,6 @@ def check_plan(plan: RecordPlan) -> None:
         raise RecordsError(f"records: {'; '.join(errors)}")
 
 
-def differences(plan: RecordPlan, begun: Mapping[str, Any]) -> list[str]:
-    """The fields in which a plan differs from one read back, with both values."""
-    return [
-        f"{field} = {_short(begun.get(field))}, now {_short(value)}"
-        for field, value in as_json(plan).items()
-        if begun.get(field) != value
-    ]
-
-
 def as_json(plan: RecordPlan) -> dict[str, Any]:
     """The fields of a plan as JSON gives them back."""
     return json.loads(json.dumps(dataclasses.asdict(plan)))
@@ -98,8 +89,3 @@ def some(values: Sequence[Any]) -> str:
     """The first few of a list, and how many more there are."""
     shown = ", ".join(map(str, values[:5]))
     return shown if len(values) <= 5 else f"{shown} and {len(values) - 5} more"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 70 else f"{text[:60]}...{text[-7:]}"

@@ -1,5 +1,6 @@
 """Token records on disk: a TFDS data set written shard by shard, so that a killed run goes on."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,7 +15,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Int, UInt16
 
-from enat_jax.record_plan import RecordPlan, RecordsError, as_json, check_plan, differences, some
+from enat_jax.differences import differences
+from enat_jax.record_plan import RecordPlan, RecordsError, as_json, check_plan, some
+from enat_jax.whole_files import to_disk, written_whole
 
 VERSION = "1.0.0"
 SPLIT = "train"
@@ -67,9 +70,9 @@ class RecordFolder:
                 )
             self._write_json(_PLAN, as_json(plan))
         else:
-            if changed := differences(plan, begun):
+            if changed := differences(begun, as_json(plan)):
                 raise RecordsError(
-                    f"the records in {self.path} were begun with {'; '.join(changed)}:"
+                    f"the records in {self.path} were begun with something else ({changed}):"
                     " choose another name, or delete that folder"
                 )
 
@@ -107,16 +110,15 @@ class RecordFolder:
         Raises:
             RecordsError: the file cannot be written.
         """
-        name, partial = self._file(shard), self._partial()
+        name = self._file(shard)
         try:
-            # TFDS's own choice: each record can be read alone.
-            writer = ArrayRecordWriter(str(partial), "group_size:1")
-            for row, label, flip in zip(tokens, labels, flipped, strict=True):
-                writer.write(self._serialize({"tokens": row, "label": label, "flipped": flip}))
-            writer.close()
-            size = partial.stat().st_size
-            _to_disk(partial)
-            partial.replace(self.path / name)
+            with self._written_whole(name) as part:
+                # TFDS's own choice: each record can be read alone.
+                writer = ArrayRecordWriter(str(part), "group_size:1")
+                for row, label, flip in zip(tokens, labels, flipped, strict=True):
+                    writer.write(self._serialize({"tokens": row, "label": label, "flipped": flip}))
+                writer.close()
+                size = part.stat().st_size
         except (OSError, RuntimeError) as error:
             raise RecordsError(f"cannot write {self.path / name}: {error}") from error
         described = {"records": len(tokens), "bytes": size, "skipped": dict(skipped)}
@@ -167,7 +169,7 @@ class RecordFolder:
             info.write_to_directory(folder)
             files = sorted(pathlib.Path(folder).iterdir(), key=lambda file: file.name == _LAST)
             for file in files:
-                _to_disk(file)
+                to_disk(file)
                 file.replace(self.path / file.name)
         for left in self.path.glob(f"{_PARTIAL}*"):  # by runs that were killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -188,17 +190,15 @@ class RecordFolder:
         encoded = self._features.encode_example(record)
         return self._serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
 
-    def _partial(self) -> pathlib.Path:
-        """A name that no other process writes to."""
+    def _written_whole(self, name: str) -> contextlib.AbstractContextManager[pathlib.Path]:
+        """As `written_whole`, under a name that no other process writes to meanwhile."""
         unique = f"{socket.gethostname()}-{os.getpid()}"
-        return self.path / f"{_PARTIAL}{unique}"
+        return written_whole(self.path / name, partial=f"{_PARTIAL}{unique}")
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        partial = self._partial()
         try:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            _to_disk(partial)
-            partial.replace(self.path / name)
+            with self._written_whole(name) as part:
+                part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise RecordsError(f"cannot write {self.path / name}: {error}") from error
 
@@ -223,9 +223,3 @@ def _description(shard: int) -> str:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _to_disk(path: pathlib.Path) -> None:
-    """Makes sure that a file's bytes are there before its name is, also if the power fails."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import PyTree
 
 from enat_jax.checkpoint import CheckpointError, Checkpoints
+from enat_jax.differences import differences
 
 
 class Resumed(NamedTuple):
@@ -79,27 +80,19 @@ def _refuse_another(
     stream: Mapping[str, Any],
 ) -> None:
     """Raises for a checkpoint that this run cannot go on from."""
-    saved = metadata.get("config", {})
-    differences = _differences(
-        {f"{section}.{name}": value for section in sections
-         for name, value in config[section].items() if name not in may_differ},
-        {f"{section}.{name}": value for section in sections
-         for name, value in saved.get(section, {}).items()},
-    )  # fmt: skip
-    if differences:
-        raise CheckpointError(f"the workdir holds another model: {'; '.join(differences)}")
-    differences = _differences(stream, metadata.get("position", {}))
-    if differences:
+    saved, position = metadata.get("config", {}), metadata.get("position", {})
+    here = {
+        section: {name: value for name, value in config[section].items() if name not in may_differ}
+        for section in sections
+    }
+    there = {
+        section: {name: value for name, value in saved.get(section, {}).items() if name in fields}
+        for section, fields in here.items()
+    }
+    if found := differences(there, here):
+        raise CheckpointError(f"the workdir holds another model: {found}")
+    if found := differences({name: position.get(name) for name in stream}, stream):
         raise CheckpointError(
-            f"the workdir's run is in the middle of other data: {'; '.join(differences)}; give a"
-            " new run a workdir of its own"
+            f"the workdir's run is in the middle of other data: {found}; give a new run a workdir"
+            " of its own"
         )
-
-
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """A phrase for each value that is not as it was saved."""
-    return [
-        f"{name} = {value!r}, there {there.get(name)!r}"
-        for name, value in here.items()
-        if (list(value) if isinstance(value, tuple) else value) != there.get(name)
-    ]

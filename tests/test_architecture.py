@@ -14,12 +14,13 @@ LONGEST = 350  # lines of a file, about
 # A room is a module, or a folder whose modules may import each other. A new file gets its room
 # here, by decision.
 LEVELS = [
-    {"errors", "compilation_cache", "compile_clock", "loop_config", "accelerators", "plans",
-     "strategy", "losses", "crops", "metrics.scores", "checkpoint_digests", "host_agreement"},
+    {"errors", "whole_files", "differences", "compilation_cache", "compile_clock", "loop_config",
+     "accelerators", "plans", "strategy", "losses", "crops", "metrics.scores",
+     "checkpoint_digests", "host_agreement"},
     {"models", "tokenizers", "metrics", "images", "record_plan", "records", "prepared",
      "digits.builder", "photos.builder", "stream", "data", "image_source", "checkpoint",
      "metric_log", "sharding", "optim", "config_file", "digests", "cluster", "roll_call", "gather",
-     "similarity_figure"},
+     "similarity_figure", "study_folder"},
     {"generate", "training_step", "tokenizer_step", "read_ahead", "image_batches", "chunks",
      "hosts", "resume"},
     {"config", "tokenizer_config", "features"},

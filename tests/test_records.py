@@ -182,11 +182,9 @@ def test_records_of_another_plan_are_not_mixed(tmp_path, field):
     RecordFolder(PLAN, tmp_path)
     with pytest.raises(RecordsError) as error:
         RecordFolder(replace(PLAN, **{field: CHANGES[field]}), tmp_path)
-    old, new = (
-        repr(list(value) if isinstance(value, tuple) else value)
-        for value in (getattr(PLAN, field), CHANGES[field])
-    )
-    assert f"were begun with {field} = {old}, now {new}: choose another name" in str(error.value)
+    there, here = json.dumps(getattr(PLAN, field)), json.dumps(CHANGES[field])
+    said = f"were begun with something else ({field} = {here}, there {there}): choose another name"
+    assert said in str(error.value)
 
 
 def test_every_field_of_a_plan_is_compared():

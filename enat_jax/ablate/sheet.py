@@ -8,6 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from enat_jax.images import image_grid, write_png
+from enat_jax.whole_files import written_whole
 
 _TILES = "tiles"
 
@@ -16,10 +17,8 @@ def keep_tiles(folder: pathlib.Path, row: int, images: UInt8[np.ndarray, "k y x 
     """Keeps a row's images until the sheet is drawn, whole or not at all."""
     path = _tiles(folder, row)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with written_whole(path) as part, open(part, "wb") as file:
         np.save(file, images)
-    partial.rename(path)
 
 
 def write_sheet(folder: pathlib.Path, names: Sequence[str]) -> bool:

@@ -2,18 +2,18 @@
 
 import csv
 import io
-import json
 import math
-import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from enat_jax.ablate.points import AblateError
+from enat_jax.study_folder import open_study
+from enat_jax.whole_files import write_text
 
 Row = dict[str, Any]
-_SHOWN = 60  # characters of a value in a message
+RESULTS = "results.csv"
 
 
 class Table:
@@ -29,7 +29,7 @@ class Table:
         scores: the names of the columns that differ from seed to seed.
 
     Raises:
-        AblateError: the folder holds another ablation, the fields that differ named, or a table
+        UserError: the folder holds another ablation, the fields that differ named, or a table
             that cannot be read.
     """
 
@@ -42,16 +42,9 @@ class Table:
     ):
         self.folder, self.order, self.scores = folder, list(order), list(scores)
         self.rows: dict[tuple[str, int], Row] = {}
-        here = json.loads(json.dumps(about))
-        identity, results = folder / "about.json", folder / "results.csv"
-        if identity.exists():
-            _refuse_another(folder, _read_json(identity), here)
-        elif results.exists():
-            raise AblateError(f"{folder} holds a results.csv but no about.json: choose another")
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(identity, json.dumps(here, indent=2) + "\n")
-        if results.exists():
-            self._read(results)
+        open_study(folder, about, results=RESULTS)
+        if (folder / RESULTS).exists():
+            self._read(folder / RESULTS)
 
     def missing(self) -> list[tuple[str, int]]:
         """(point, seed) of the rows that are still to be made."""
@@ -65,8 +58,8 @@ class Table:
         """Adds a row, which names its `point` and `seed`, and writes the table and its summary."""
         self.rows[row["point"], row["seed"]] = row
         rows = [self.rows[each] for each in self.order if each in self.rows]
-        _replace(self.folder / "results.csv", _as_csv(rows))
-        _replace(self.folder / "summary.csv", _as_csv(self.summary()))
+        write_text(self.folder / RESULTS, _as_csv(rows))
+        write_text(self.folder / "summary.csv", _as_csv(self.summary()))
 
     def summary(self) -> list[Row]:
         """One row per point: the scores' means, and their sample deviations where seeds differ."""
@@ -120,49 +113,3 @@ def _as_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AblateError(f"cannot read {path}: {error}; remove it") from error
-
-
-def _refuse_another(folder: pathlib.Path, there: Any, here: Any) -> None:
-    found = _differences(there, here, "")
-    if found:
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise AblateError(
-            f"{folder} holds another ablation ({'; '.join(found[:8])}{more}): choose another --out"
-        )
-
-
-def _differences(there: Any, here: Any, path: str) -> list[str]:
-    """A phrase for each leaf that differs, by its path."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        return [
-            phrase
-            for name in dict.fromkeys([*here, *there])
-            for phrase in _differences(
-                there.get(name, "nothing"), here.get(name, "nothing"), f"{path}.{name}".lstrip(".")
-            )
-        ]
-    if there == here:
-        return []
-    return [f"{path} = {_short(here)}, there {_short(there)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from enat_jax.whole_files import written_whole
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -151,9 +153,9 @@ def _write(path: pathlib.Path, answer: Answer) -> None:
         with gzip.open(path.with_suffix(".hlo.gz"), "wt", encoding="utf-8") as file:
             file.write(answer.text)
     fields = dataclasses.asdict(dataclasses.replace(answer, text=None))
-    part = path.with_suffix(f".{os.getpid()}")  # whole or not at all: this is written last
-    part.write_text(json.dumps(fields), encoding="utf-8")
-    part.replace(path.with_suffix(".json"))
+    # this is written last, and by any number of processes
+    with written_whole(path.with_suffix(".json"), partial=f"{path.name}.{os.getpid()}") as part:
+        part.write_text(json.dumps(fields), encoding="utf-8")
 
 
 def _read(path: pathlib.Path) -> Answer:

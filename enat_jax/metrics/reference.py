@@ -1,7 +1,6 @@
 """Reference statistics of real images: what generated ones are compared with, in a file."""
 
 import os
-import pathlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxtyping import Float, Shaped
 from enat_jax.errors import UserError
 from enat_jax.metrics.inception import POOL_FEATURES, SPATIAL_FEATURES
 from enat_jax.metrics.moments import Moments
+from enat_jax.whole_files import write_arrays
 
 
 class ReferenceError(UserError):
@@ -113,16 +113,7 @@ def write_reference(
         **({} if features is None else {"features": features}),
         **{name: np.array(value) for name, value in about.items()},
     }
-    write_whole(path, arrays)
-
-
-def write_whole(path: str | os.PathLike[str], arrays: dict[str, Any]) -> None:
-    """Writes an `.npz` beside its place, then moves it there."""
-    whole = pathlib.Path(path)
-    partial = whole.with_name(whole.name + ".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays)
-    partial.replace(whole)
+    write_arrays(path, arrays)
 
 
 def _float64(array: Shaped[np.ndarray, "..."] | None) -> Float[np.ndarray, "..."] | None:

@@ -1,19 +1,17 @@
 """The record of a search: a CSV of every evaluation, from which a search goes on."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from enat_jax.errors import UserError
+from enat_jax.whole_files import write_text
 
 EVALUATIONS = "evaluations.csv"
-CONFIG = "search.json"
 _COUNTS = ("update", "candidate", "images")
 
 
@@ -77,9 +75,7 @@ class Log:
                 row = self._read(line, number)
                 self.rows[row.update, row.candidate] = row
         if whole != text or not whole:
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(whole or header, encoding="utf-8")
-            partial.replace(self.path)
+            write_text(self.path, whole or header)
 
     def _read(self, line: str, number: int) -> Row:
         values = line.rstrip("\n").split(",")
@@ -118,52 +114,3 @@ class Log:
                     " search asks for: remove the folder, or choose another --out"
                 )
         return known
-
-
-def open_folder(out: str | os.PathLike[str], identity: dict[str, Any]) -> pathlib.Path:
-    """Makes a search's folder, or refuses one that was started with something else.
-
-    Args:
-        out: the folder.
-        identity: everything that determines the search, as JSON can hold it, sections nested.
-
-    Raises:
-        SearchError: a folder of something else; every field that differs is named.
-    """
-    folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CONFIG
-    here = json.loads(json.dumps(identity))
-    if not path.exists():
-        if (folder / EVALUATIONS).exists():
-            raise SearchError(f"{folder} holds {EVALUATIONS} but no {CONFIG}: choose another --out")
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-        return folder
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SearchError(f"{path} cannot be read: {error}") from error
-    ours, theirs = _flat(here), _flat(there)
-    wrong = [
-        f"{name} = {ours.get(name)!r}, there {theirs.get(name)!r}"
-        for name in sorted({*ours, *theirs})
-        if ours.get(name) != theirs.get(name)
-    ]
-    if wrong:
-        raise SearchError(
-            f"{folder} was started with something else: {'; '.join(wrong)}: choose another --out"
-        )
-    return folder
-
-
-def _flat(fields: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested fields by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{path}{name}.")
-        else:
-            flat[path + name] = value
-    return flat

@@ -18,10 +18,12 @@ from enat_jax.objective import Objective, make_objective
 from enat_jax.sample import Restored, Sampler, sampler_of
 from enat_jax.search.config import SearchConfig
 from enat_jax.search.evaluations import Evaluations
-from enat_jax.search.log import Log, Row, SearchError, open_folder
+from enat_jax.search.log import EVALUATIONS, Log, Row, SearchError
 from enat_jax.search.optimisers import Optimiser, make_optimiser
 from enat_jax.search.parameters import Parameters
 from enat_jax.strategy import GenerationStrategy, read_strategy, write_strategy
+from enat_jax.study_folder import open_study
+from enat_jax.whole_files import written_whole
 
 BEST = "best.yaml"
 UPDATES = "updates"
@@ -55,7 +57,7 @@ def search(
 
     The folder holds `evaluations.csv`, a row per evaluation; `updates/0000.yaml` and so on, the
     strategy where the optimiser stood after each update; `best.yaml`, the best strategy evaluated
-    in the last phase so far; and `search.json`, what it was started with.
+    in the last phase so far; and `about.json`, what it was started with.
 
     Args:
         cfg: the search's config.
@@ -72,7 +74,8 @@ def search(
     sampler = sampler_of(restored)
     objective = make_objective(cfg.objective, restored.config, sampler.mesh)
     start = starting_numbers(cfg, sampler)
-    folder = open_folder(out, identity(cfg, restored, start))
+    folder = pathlib.Path(out)
+    open_study(folder, identity(cfg, restored, start), results=EVALUATIONS)
     evaluations = Evaluations(cfg, sampler, objective, start)
     return _Search(cfg, evaluations, objective, folder, restored.config.model.length, say).run(
         start
@@ -225,9 +228,8 @@ class _Search:
         return np.where(np.isfinite(values), values, self._worst)
 
     def _write(self, numbers: Float[np.ndarray, " n"], path: pathlib.Path) -> None:
-        partial = path.with_name(path.name + ".partial")
-        write_strategy(self._parameters.strategy(numbers, self._length), partial)
-        partial.replace(path)
+        with written_whole(path) as part:
+            write_strategy(self._parameters.strategy(numbers, self._length), part)
 
     def _report(self, update: int, images: int, per_update: int) -> None:
         assert self._best is not None

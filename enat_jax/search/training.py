@@ -13,9 +13,11 @@ from enat_jax.objective import make_objective
 from enat_jax.sample import Restored, restore, sampler_of
 from enat_jax.search.config import SearchConfig
 from enat_jax.search.evaluations import Evaluations
-from enat_jax.search.log import SearchError, open_folder
+from enat_jax.search.log import SearchError
 from enat_jax.search.loop import Found, identity, search, starting_numbers
+from enat_jax.study_folder import open_study
 from enat_jax.train import train
+from enat_jax.whole_files import write_text
 
 BETAS = "betas.csv"
 _COLUMNS = "round,a,b"
@@ -50,7 +52,8 @@ def alternate(
         UserError: as `search` and `train`; or candidates' values that are not finite.
     """
     numbers = starting_numbers(cfg, sampler_of(restored))
-    folder = open_folder(out, identity(cfg, restored, numbers))
+    folder = pathlib.Path(out)
+    open_study(folder, identity(cfg, restored, numbers), results=BETAS)
     current, start, found = restored, cfg, None
     for number in range(cfg.training.rounds):
         betas = _Betas(start, restored, folder, number, say)
@@ -140,9 +143,7 @@ class _Betas:
     def _add(self, key: tuple[int, float, float], value: float, name: str) -> None:
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         whole = text[: text.rfind("\n") + 1] or f"{_COLUMNS},{name}\n"
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text(whole + ",".join(map(repr, (*key, value))) + "\n", encoding="utf-8")
-        partial.replace(self._path)
+        write_text(self._path, whole + ",".join(map(repr, (*key, value))) + "\n")
 
 
 def _beta(restored: Restored) -> tuple[float, float]:

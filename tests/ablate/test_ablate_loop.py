@@ -12,6 +12,7 @@ from enat_jax.ablate import loop, measure
 from enat_jax.ablate.config import ablation_from_dict
 from enat_jax.ablate.loop import ablate
 from enat_jax.ablate.points import AblateError
+from enat_jax.errors import UserError
 from enat_jax.models.flops import generation_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -202,7 +203,7 @@ def test_a_killed_ablation_does_only_what_is_missing(done, trained, tmp_path, ju
 )
 def test_a_changed_config_is_refused_with_its_field(done, trained, override, message):
     before = (done[0] / "results.csv").read_bytes()
-    with pytest.raises(AblateError, match=message):
+    with pytest.raises(UserError, match=message):
         run(config(override, seeds=(5, 6)), done[0], trained)
     assert (done[0] / "results.csv").read_bytes() == before
 
@@ -213,7 +214,7 @@ def test_a_run_that_went_on_is_refused_with_its_checkpoint(done, trained, tmp_pa
     for each in about["run"].values():
         each["checkpoint"] = 2
     (copy / "about.json").write_text(json.dumps(about))
-    with pytest.raises(AblateError, match=r"run\..*checkpoint = 4, there 2"):
+    with pytest.raises(UserError, match=r"run\..*checkpoint = 4, there 2"):
         run(config(seeds=(5, 6)), copy, trained)
 
 

@@ -161,7 +161,7 @@ def test_cut_off_anywhere_the_record_is_completed_byte_for_byte(model, tmp_path,
     for at in np.random.default_rng(0).integers(0, len(whole), size=6):
         folder = tmp_path / str(at)
         folder.mkdir()
-        (folder / "search.json").write_bytes((tmp_path / "whole/search.json").read_bytes())
+        (folder / "about.json").write_bytes((tmp_path / "whole/about.json").read_bytes())
         (folder / "evaluations.csv").write_text(whole[:at])
         Distance.asked = 0
         search(model, folder, optimiser=optimiser)
@@ -196,7 +196,9 @@ def test_killed_and_run_again_it_writes_the_same(model, tmp_path):
 
 def test_another_config_is_refused_with_the_field(model, tmp_path):
     search(model, tmp_path)
-    with pytest.raises(UserError, match=r"started with something else: sgd\.probe = 0\.2, there 0"):
+    with pytest.raises(
+        UserError, match=r"started with something else \(sgd\.probe = 0\.2, there 0"
+    ):
         search(model, tmp_path, sgd=dataclasses.replace(CONFIG.sgd, probe=0.2))
     with pytest.raises(UserError, match=r"run\.step = 8, there 7"):
         search(model._replace(step=8), tmp_path)

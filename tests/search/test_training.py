@@ -109,7 +109,7 @@ def test_stopped_between_candidates_it_goes_on_to_the_same_end(model, tmp_path, 
     whole = (tmp_path / "whole/betas.csv").read_text()
     folder = tmp_path / "stopped"
     folder.mkdir()
-    (folder / "search.json").write_bytes((tmp_path / "whole/search.json").read_bytes())
+    (folder / "about.json").write_bytes((tmp_path / "whole/about.json").read_bytes())
     (folder / "betas.csv").write_text(whole[: int(0.4 * len(whole))])
     alternate(CFG, model, folder, say=lambda line: None)
     assert (folder / "betas.csv").read_text() == whole
