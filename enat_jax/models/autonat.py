@@ -21,6 +21,7 @@ from enat_jax.models.layers import (
     TokenEmbedding,
     dropout,
 )
+from enat_jax.models.rows import Rows
 from enat_jax.models.stack import Remat, make_stack, run_stack, unstack
 from enat_jax.plans import Plan
 
@@ -212,15 +213,14 @@ class AutoNAT(nnx.Module):
     ) -> Float[Array, "b m v"]:
         """Logits of a row's masked tokens; images of a row do not read each other."""
         masks = jnp.full_like(masked_positions, self.cfg.mask_id)
-        g = len(plans)
+        rows, g = Rows(self.cfg.length, plans), len(plans)
         ids, where = (
-            rearrange(_interleave(visible, masked, plans), "b (g l) -> (b g) l", g=g)
+            rearrange(rows.together(visible, masked), "b (g l) -> (b g) l", g=g)
             for visible, masked in ((token_ids, masks), (positions, masked_positions))
         )
         x = self(self.embed_class(rearrange(class_ids, "b g -> (b g)")), ids, where, key=key)
-        counts = [count for plan in plans for count in (plan.new, plan.masked)]
-        parts = jax.lax.split(rearrange(x, "(b g) l d -> b (g l) d", g=g), counts, axis=1)
-        return self.logits(jnp.concatenate(parts[1::2], axis=1))
+        _, masked = rows.apart(rearrange(x, "(b g) l d -> b (g l) d", g=g))
+        return self.logits(masked)
 
     # What the generation loop asks of a network (`generate.Network`).
 
@@ -247,18 +247,11 @@ class AutoNAT(nnx.Module):
         Plans have no previous tokens: all visible ones are new to every step.
         """
         assert shape.previous == 0
-        both_ids = jnp.concatenate(
-            [token_ids, jnp.full_like(masked_positions, self.cfg.mask_id)], axis=1
-        )
-        both_positions = jnp.concatenate([positions, masked_positions], axis=1)
-        visible = shape.new if counts is None else counts.new
-        place = jnp.arange(self.cfg.length)
-        if counts is not None:  # leave out the padding between visible and masked tokens
-            without = jnp.where(place < visible, place, place + shape.new - visible)
-            both_ids, both_positions = both_ids[:, without], both_positions[:, without]
-        x = self(condition, both_ids, both_positions)
-        masked = jnp.minimum(visible + jnp.arange(shape.masked), self.cfg.length - 1)
-        return self.logits(x[:, masked]), state
+        rows = Rows(self.cfg.length, [shape], counts)
+        masks = jnp.full_like(masked_positions, self.cfg.mask_id)
+        ids, where = rows.together(token_ids, masks), rows.together(positions, masked_positions)
+        _, masked = rows.apart(self(condition, ids, where))
+        return self.logits(masked), state
 
     def unstacked(self) -> "AutoNAT":
         """The same network with every block's weights in arrays of their own."""
@@ -266,15 +259,3 @@ class AutoNAT(nnx.Module):
         model = nnx.merge(graphdef, params)
         model.inward, model.outward = unstack(self.inward), unstack(self.outward)
         return model
-
-
-def _interleave(
-    visible: Int[Array, "b n"], masked: Int[Array, "b m"], plans: Sequence[Plan]
-) -> Int[Array, "b l"]:
-    """Image after image, its visible tokens and then its masked ones."""
-    parts = zip(
-        jax.lax.split(visible, [plan.new for plan in plans], axis=1),
-        jax.lax.split(masked, [plan.masked for plan in plans], axis=1),
-        strict=True,
-    )
-    return jnp.concatenate([part for pair in parts for part in pair], axis=1)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from enat_jax.models import reuse
 from enat_jax.models.attention import Valid
 from enat_jax.models.block import BLOCK_EPSILON, Block, ContextAttention
+from enat_jax.models.blocked_attention import attention_masks
 from enat_jax.models.enat_config import ENATConfig
 from enat_jax.models.head import Head
 from enat_jax.models.layers import (
@@ -22,7 +23,7 @@ from enat_jax.models.layers import (
     layer_norm,
 )
 from enat_jax.models.reuse import Carried, Features
-from enat_jax.models.shared_stack import lay_together
+from enat_jax.models.rows import Rows
 from enat_jax.models.stack import make_stack, map_stack, run_stack, unstack
 from enat_jax.plans import Plan
 
@@ -193,11 +194,16 @@ class ENAT(nnx.Module):
             The features of all tokens; `logits` reads the masked ones'.
         """
         if self.cfg.stacks == "shared":
-            row = lay_together(self.cfg, token_ids, positions, masked_positions, plans, counts)
-            x = self.embed(row.token_ids, row.positions, key)
-            images = {"own_counts": row.own_counts, "valid": row.valid}
+            rows = Rows(self.cfg.length, plans, counts)
+            masks = jnp.full_like(masked_positions, self.cfg.mask_id)
+            ids = rows.together(token_ids, masks)
+            x = self.embed(ids, rows.together(positions, masked_positions), key)
+            images = {
+                "own_counts": [self.cfg.length] * len(plans),
+                "valid": attention_masks(self.cfg, plans if counts is None else [counts]),
+            }
             x = self._run(self.encoder, x, modulation.encoder, None, images)
-            return Features(None, x[:, row.visible], x[:, row.masked])
+            return Features(None, *rows.apart(x))
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         reused = reuse.reused_counts(self.cfg, features, plans)
         encoder_valid = decoder_valid = None
@@ -272,7 +278,7 @@ class ENAT(nnx.Module):
         kept = [part for part, plan in zip(hidden, earlier, strict=True) if plan.new]
         out = self(modulation, token_ids, positions, jnp.concatenate(kept, axis=1), earlier)
         assert out.new is not None
-        return reuse.image_after_image(out.new, out.masked, earlier)
+        return Rows(self.cfg.length, earlier).together(out.new, out.masked)
 
     def train_logits(
         self,

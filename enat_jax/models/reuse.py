@@ -98,18 +98,6 @@ def reused_counts(cfg: ENATConfig, features: Carried | None, plans: Sequence[Pla
     return [plan.previous for plan in plans]
 
 
-def image_after_image(
-    new: Float[Array, "b n d"], masked: Float[Array, "b m d"], plans: Sequence[Plan]
-) -> Float[Array, "b l d"]:
-    """Features of all tokens of each image, from those of all new and of all masked ones."""
-    parts = zip(
-        jax.lax.split(new, [plan.new for plan in plans], axis=1),
-        jax.lax.split(masked, [plan.masked for plan in plans], axis=1),
-        strict=True,
-    )
-    return jnp.concatenate([part for pair in parts for part in pair], axis=1)
-
-
 def exists(cfg: ENATConfig, size: int, shape: Plan, counts: Plan) -> list[Bool[Array, " k"]]:
     """Which of `size` reused, of the new and of the masked tokens exist in a padded step."""
     if cfg.reuse == "all_tokens":

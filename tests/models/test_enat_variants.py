@@ -11,10 +11,10 @@ from flax import nnx
 
 from enat_jax.generate import generate, image_noise, plan_generation
 from enat_jax.models import enat_config, reuse
+from enat_jax.models.blocked_attention import attention_masks, readable
 from enat_jax.models.enat import ENAT
 from enat_jax.models.enat_config import ENATConfig
 from enat_jax.models.flops import step_flops
-from enat_jax.models.shared_stack import readable
 from enat_jax.plans import Plan
 from enat_jax.sharding import MeshConfig, make_mesh, place
 from enat_jax.strategy import GenerationStrategy
@@ -133,7 +133,7 @@ def test_blocked_attention_as_rows_of_what_a_token_reads():
         "visible_to_visible": [[1, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]],
         "masked_to_masked": [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 1]],
     }
-    assert readable("none", 2, 4) is None
+    assert attention_masks(ENATConfig(), [Plan(0, 2, 4)]) is None
 
 
 PLAN = Plan(4, 5, 7)
