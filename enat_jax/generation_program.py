@@ -69,6 +69,8 @@ class GenerationProgram:
     Attributes:
         run: the jitted function of what `arguments` describes; `layout` and `output` are given by
             name. It returns token ids or images, split over the devices by image.
+        decode: the jitted second half of it: images of the tokenizer's weights and token ids
+            `[b n]`; `output` is given by name.
         stored: shapes of the network's parameters as a checkpoint has them, placed.
         params: the same as `run` takes them, see `prepare`.
         decode_batch_size: images that a device decodes at a time.
@@ -94,6 +96,9 @@ class GenerationProgram:
             self._run,
             static_argnames=("layout", "output"),
             out_shardings=batch_sharding(mesh),
+        )
+        self.decode = jax.jit(
+            self._images, static_argnames="output", out_shardings=batch_sharding(mesh)
         )
         self._prepared = jax.jit(
             self._prepare, out_shardings=jax.tree.map(lambda x: x.sharding, self.params)
@@ -129,13 +134,28 @@ class GenerationProgram:
         Raises:
             SampleError: an unknown field or one out of range.
         """
-        cfg, by_step = self.config, self.strategy(**strategy)
+        reuse = strategy.get("reuse", self.config.strategy.reuse)
+        return self.plan_steps(self.strategy(**strategy), reuse=reuse)
+
+    def plan_steps(
+        self, by_step: GenerationStrategy, *, reuse: bool
+    ) -> tuple[Layout, TracedStrategy]:
+        """The same for any strategy, given step by step.
+
+        Args:
+            by_step: the strategy.
+            reuse: whether steps read what earlier ones computed, if the network carries it.
+
+        Raises:
+            SampleError: a strategy that does not fit the network's length.
+        """
+        cfg = self.config
         try:
             return plan_generation(
                 by_step,
                 cfg.model.length,
                 lambda plan: step_flops(cfg.model, plan),
-                reuse=cfg.model.carries_features and strategy.get("reuse", cfg.strategy.reuse),
+                reuse=cfg.model.carries_features and reuse,
                 reads_masked=cfg.model.carries_masked_features,
                 buckets=cfg.sample.buckets or None,
                 max_padding=cfg.sample.max_padding,

@@ -10,13 +10,11 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from enat_jax.ablate.points import AblateError, Point
-from enat_jax.chunks import map_in_chunks
 from enat_jax.compile_clock import compile_seconds
 from enat_jax.gather import gathered
 from enat_jax.objective import Objective, Wants
 from enat_jax.sample import Sampler, restore, sampler_of
 from enat_jax.sharding import batch_sharding, put, replicated
-from enat_jax.tokenizers.levels import as_uint8
 
 
 class Speed(NamedTuple):
@@ -42,7 +40,6 @@ class Generators:
         self._warn = warn
         self._made_for: tuple[Any, str] | None = None
         self._sampler: Any = None
-        self._images: dict[Wants, Callable[..., Array]] = {}
         self._seconds: dict[Any, float] = {}  # to compile each layout
 
     def sampler(self, point: Point) -> Sampler:
@@ -62,7 +59,7 @@ class Generators:
                 self._sampler.update(restored.ema)
             else:
                 self._sampler = None  # gives its memory back first
-                self._images, self._seconds = {}, {}
+                self._seconds = {}
                 self._sampler = sampler_of(restored._replace(config=point.config))
             self._made_for = point.generator, point.workdir
         return self._sampler
@@ -107,36 +104,23 @@ class Generators:
             keep: how many images to return, none of them where the run has no tokenizer.
         """
         sampler, scorer = self.sampler(point), objective.start()
+
+        def decoded(token_ids: Array, wants: Wants) -> Array:
+            if wants == "token_ids":
+                return token_ids
+            assert sampler.tokenizer is not None  # `make_objective` has seen to it
+            return sampler.program.decode(sampler.tokenizer.params, token_ids, output=wants)
+
         kept: list[np.ndarray] = []
         done = 0
         keep = keep if sampler.tokenizer is not None else 0
         for count, token_ids in sampler.batches(
             classes, output="token_ids", seed=seed, **point.strategy
         ):
-            made = self._decoded(token_ids, objective.wants)
+            made = decoded(token_ids, objective.wants)
             scorer.add(made, classes[done : done + count])
             if done < keep:
-                images = gathered(self._decoded(token_ids, "uint8"))
+                images = gathered(decoded(token_ids, "uint8"))
                 kept.append(images[: min(count, keep - done)])
             done += count
         return scorer.value(), np.concatenate(kept) if kept else None
-
-    def _decoded(self, token_ids: Array, wants: Wants) -> Array:
-        """What the objective wants of token ids; compiled once for all of a sampler's points."""
-        if wants == "token_ids":
-            return token_ids
-        sampler = self._sampler
-        if wants not in self._images:
-            tokenizer, grid = sampler.tokenizer, sampler.config.tokenizer.grid
-
-            def images(params: Any, ids: Array) -> Array:
-                floats = tokenizer.decode(params, ids, grid)
-                return as_uint8(floats) if wants == "uint8" else floats
-
-            def in_chunks(params: Any, ids: Array) -> Array:
-                return map_in_chunks(
-                    lambda some: images(params, some), ids, sampler.mesh, sampler.decode_batch_size
-                )
-
-            self._images[wants] = jax.jit(in_chunks, out_shardings=batch_sharding(sampler.mesh))
-        return self._images[wants](sampler.tokenizer.params, token_ids)

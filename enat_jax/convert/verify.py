@@ -217,6 +217,7 @@ def decisions(
         length,
         lambda plan: step_flops(model.cfg, plan),
         reuse=model.cfg.carries_features,
+        reads_masked=model.cfg.carries_masked_features,
         buckets=strategy.steps,
     )
     graphdef, params = nnx.split(model)

@@ -4,6 +4,7 @@ Run as `python -m enat_jax.search.speed --config=configs/search_digits.py --work
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -11,13 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from enat_jax.config import override_config
 from enat_jax.errors import UserError
-from enat_jax.generate import plan_generation
-from enat_jax.models.flops import step_flops
-from enat_jax.objective import make_objective
-from enat_jax.sample import Restored, restore, sampler_of
+from enat_jax.objective import Objective, make_objective
+from enat_jax.sample import Restored, Sampler, restore, sampler_of
 from enat_jax.search.config import SearchConfig, load_search_config
 from enat_jax.search.evaluations import Evaluations
 from enat_jax.search.loop import starting_numbers
@@ -31,16 +31,18 @@ def measure(
     """Times both ways on strategies that the search might ask for, of so many images each.
 
     Args:
-        cfg: the search's config.
+        cfg: the search's config; its phases are not looked at.
         restored: the generator.
         images: of an evaluation.
         updates: of the search that are timed, after one that is not.
         compiled: strategies that are compiled each on its own, for their exact counts.
 
     Returns:
-        Evaluations per second of both ways, their ratio, and the seconds that the search's own
-        program took to compile and run for the first time.
+        Evaluations per second of both ways, their ratio, the seconds that the search's own
+        program took to compile and run for the first time, and the seconds of an evaluation of
+        the other way that went into compiling.
     """
+    cfg = dataclasses.replace(cfg, num_images=(images,), updates=(updates,))
     sampler = sampler_of(restored)
     objective = make_objective(cfg.objective, restored.config, sampler.mesh)
     start = starting_numbers(cfg, sampler)
@@ -50,8 +52,7 @@ def measure(
     def seconds(made: int) -> float:
         begin = time.perf_counter()
         for _ in range(made):
-            candidates = optimiser.ask()
-            found = evaluations(candidates, images)
+            found = evaluations(optimiser.ask(), images)
             optimiser.tell(np.array([scores[objective.names[0]] for scores in found]))
         return time.perf_counter() - begin
 
@@ -59,43 +60,57 @@ def measure(
     candidates = optimiser.ask()
     searching = updates * len(candidates) / later
 
-    model, classes = restored.config.model, evaluations.class_ids(images)
-    size = sampler.program.batch_size(images)
-    by_image, whole = batch_sharding(sampler.mesh), replicated(sampler.mesh)
-    decoder = sampler.tokenizer.params if sampler.tokenizer else ()
+    alone = Alone(cfg, sampler, objective, evaluations)
     begin = time.perf_counter()
     for numbers in candidates[:compiled]:
-        strategy = evaluations.parameters.strategy(numbers, model.length)
-        layout, traced = plan_generation(
-            strategy, model.length, lambda plan: step_flops(model, plan),
-            reuse=model.carries_features and restored.config.strategy.reuse,
-        )  # fmt: skip
-        traced, key = put((traced, jax.random.key(cfg.seed)), whole)
-        scorer = objective.start()
-        program: Any = None
-        for at in range(0, images, size):
-            ids = np.arange(at, at + size, dtype=np.int32)
-            batch = classes[np.minimum(ids, images - 1)]
-            arguments = (sampler.params, decoder if objective.wants != "token_ids" else (),
-                         put(batch, by_image), put(ids, by_image), traced, key)  # fmt: skip
-            if program is None:
-                fresh = jax.jit(lambda *a, _at=layout: sampler.program.run(
-                    *a, layout=_at, output=objective.wants))  # fmt: skip
-                program = fresh.lower(*arguments).compile()
-            scorer.add(program(*arguments), batch[: min(size, images - at)])
-        scorer.value()
-    compiling = len(candidates[:compiled]) / (time.perf_counter() - begin)
+        alone(numbers, images)
+    compiling = compiled / (time.perf_counter() - begin)
     return {
         "device": jax.devices()[0].device_kind,
+        "model": restored.config.model.name,
         "steps": cfg.steps,
         "images": images,
+        "batch_size": sampler.program.batch_size(images),
         "evaluations_per_update": len(candidates),
         "evaluations_per_second": searching,
         "evaluations_per_second_compiling_each": compiling,
         "ratio": searching / compiling,
         "first_update_seconds": first,
+        "compile_seconds_each": alone.compile_seconds / compiled,
         "programs_of_the_search": len(evaluations.compiled),
     }
+
+
+class Alone:
+    """Evaluates one strategy by a program compiled for its own counts."""
+
+    def __init__(
+        self, cfg: SearchConfig, sampler: Sampler, objective: Objective, evaluations: Evaluations
+    ):
+        self._cfg, self._sampler, self._objective = cfg, sampler, objective
+        self._evaluations = evaluations
+        self.compile_seconds = 0.0
+
+    def __call__(self, numbers: Float[np.ndarray, " n"], images: int) -> dict[str, float]:
+        """The scores of a strategy, given by its numbers."""
+        program, wants = self._sampler.program, self._objective.wants
+        strategy = self._evaluations.parameters.strategy(numbers, program.config.model.length)
+        layout, traced = program.plan_steps(strategy, reuse=program.config.strategy.reuse)
+        by_image, whole = batch_sharding(program.mesh), replicated(program.mesh)
+        traced, key = put((traced, jax.random.key(self._cfg.seed)), whole)
+        decoder = program.tokenizer.params if program.tokenizer and wants != "token_ids" else ()
+        classes, size = self._evaluations.class_ids(images), program.batch_size(images)
+        scorer, compiled = self._objective.start(), None
+        for first in range(0, images, size):
+            ids = np.arange(first, first + size, dtype=np.int32)
+            batch = classes[np.minimum(ids, images - 1)]
+            arguments = (self._sampler.params, decoder, *put((batch, ids), by_image), traced, key)
+            if compiled is None:
+                begin = time.perf_counter()
+                compiled = program.run.lower(*arguments, layout=layout, output=wants).compile()
+                self.compile_seconds += time.perf_counter() - begin
+            scorer.add(compiled(*arguments), batch[: images - first])
+        return scorer.value()
 
 
 def main(arguments: list[str]) -> int:
