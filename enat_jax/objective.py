@@ -11,17 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
 from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 
 from enat_jax.config import Config
 from enat_jax.convert.inception import load_inception
+from enat_jax.digits.score import Judge
 from enat_jax.errors import UserError
 from enat_jax.features import FeatureExtractor
 from enat_jax.gather import gathered
 from enat_jax.metrics.inception import POOL_FEATURES
 from enat_jax.metrics.moments import Moments, across_hosts, local_rows, sum_across_hosts
 from enat_jax.metrics.reference import read_reference
-from enat_jax.metrics.scores import frechet_distance, frechet_distance_of_moments
+from enat_jax.metrics.scores import frechet_distance_of_moments
 from enat_jax.sharding import batch_sharding, put
 
 Wants = Literal["token_ids", "floats", "uint8"]
@@ -196,18 +196,14 @@ class _Digits:
     names: tuple[str, ...] = ("frechet_distance", "accuracy")
 
     def __init__(self) -> None:
-        self._real, labels = load_digits(return_X_y=True)
-        # as `digits.score` reads them; it learns once here, not at every evaluation
-        self._reader = SVC(gamma=cast(Any, 0.001)).fit(self._real, labels)
+        self._score = Judge(*load_digits(return_X_y=True))
 
     def start(self) -> _Kept:
         return _Kept(self._judge)
 
     def _judge(self, token_ids: np.ndarray, class_ids: np.ndarray) -> dict[str, float]:
-        return {
-            "frechet_distance": float(frechet_distance(token_ids, self._real)),
-            "accuracy": float(np.mean(self._reader.predict(token_ids) == class_ids)),
-        }
+        score = self._score(token_ids, class_ids)
+        return {name: getattr(score, name) for name in self.names}
 
 
 class _UserFunction:

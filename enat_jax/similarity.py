@@ -1,7 +1,6 @@
 """How alike each token's features are at adjacent generation steps (ENAT, figure 5)."""
 
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -17,13 +16,13 @@ from enat_jax.errors import UserError
 from enat_jax.generate import Layout, TracedStrategy, generate, image_noise
 from enat_jax.generation_program import GenerationProgram, abstract_params
 from enat_jax.hosts import several
-from enat_jax.metrics.reference import write_whole
 from enat_jax.models.autonat import AutoNAT
 from enat_jax.models.network import Network
 from enat_jax.plans import Plan
 from enat_jax.sample import Restored
 from enat_jax.sharding import batch_sharding, make_mesh, put, replicated
 from enat_jax.similarity_figure import draw
+from enat_jax.whole_files import write_arrays, write_json
 
 GROUPS = ("new", "previous", "masked", "all")
 """Tokens that the earlier step revealed; those revealed before; those not yet; and all."""
@@ -94,8 +93,12 @@ def similarity(
     layout, traced = program.plan()
     if layout.steps < 2:
         raise SimilarityError(f"strategy.steps = {layout.steps}, must be at least 2 to compare")
-    if reason := _hidden(config.model, reuse=bool(layout.buckets[-1].plans[-1].previous)):
-        raise SimilarityError(reason)
+    kind = getattr(config.model, "reuse", "last_layer")
+    if kind != "last_layer" and layout.buckets[-1].plans[-1].previous:
+        raise SimilarityError(
+            f"model.reuse = {kind!r} carries more than the last layer's features of visible tokens:"
+            " give --config.strategy.reuse=False"
+        )
     graphdef, _ = abstract_params(config.model)
     compare = jax.jit(_compare, static_argnums=(0, 1), out_shardings=batch_sharding(mesh))
     inputs = put((restored.ema, traced, jax.random.key(seed)), replicated(mesh))
@@ -126,9 +129,9 @@ def similarity(
     }  # fmt: skip
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "similarity.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "similarity.json", found)
     arrays = {f"{k}_{name}": v for name, both in averages.items() for k, v in both.items()}
-    write_whole(folder / "similarity.npz", {**maps._asdict(), **arrays})
+    write_arrays(folder / "similarity.npz", {**maps._asdict(), **arrays})
     draw(folder / "similarity.png", maps.cosine, maps.group("new"), averages, config.tokenizer.grid)
     say(f"wrote similarity.png, similarity.json and similarity.npz to {folder}")
     return found
@@ -233,14 +236,3 @@ def _compare(
     in_order = jnp.asarray(np.repeat(np.arange(len(plans)), revealed))
     revealed_at = in_order[jnp.argsort(order, axis=1)]
     return jnp.stack(cosine, axis=1), revealed_at
-
-
-def _hidden(model: Any, *, reuse: bool) -> str:
-    """Why the features of a variant of the network cannot be had, empty where they can."""
-    kind = getattr(model, "reuse", "last_layer")
-    if reuse and kind != "last_layer":
-        return (
-            f"model.reuse = {kind!r} carries more than the last layer's features of visible tokens:"
-            " give --config.strategy.reuse=False"
-        )
-    return ""

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from enat_jax import objective
 from enat_jax.config import Config, TokenizerConfig, load_config
-from enat_jax.digits.score import score
+from enat_jax.digits.score import Judge
 from enat_jax.errors import UserError
 from enat_jax.metrics.inception import Features, Inception
 from enat_jax.metrics.reference import Reference
@@ -91,7 +91,7 @@ def test_digits_are_judged_as_their_own_script_does():
     scorer = made("digits").start()
     for first in (0, 100, 200):
         scorer.add(jnp.asarray(tokens[first : first + 100]), classes[first : first + 100])
-    expected = score(tokens, classes, real, labels)
+    expected = Judge(real, labels)(tokens, classes)
     assert scorer.value() == pytest.approx(expected._asdict(), rel=1e-9)
     assert next(iter(scorer.value())) == "frechet_distance"
 

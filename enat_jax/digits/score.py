@@ -31,16 +31,22 @@ class Score(NamedTuple):
     frechet_distance: float
 
 
-def score(
-    pixels: Real[np.ndarray, "b n"],
-    labels: Int[np.ndarray, " b"],
-    real: Float[np.ndarray, "m n"],
-    real_labels: Int[np.ndarray, " m"],
-) -> Score:
-    """Scores digits given as 64 grey levels each; the SVC learns from all real digits."""
-    reader = SVC(gamma=cast(Any, 0.001)).fit(real, real_labels)
-    accuracy = float(np.mean(reader.predict(pixels) == labels))
-    return Score(accuracy, frechet_distance(pixels, real))
+class Judge:
+    """Scores digits given as 64 grey levels each, against real ones.
+
+    Args:
+        real: the real ones; the SVC learns from them, once.
+        labels: what they are.
+    """
+
+    def __init__(self, real: Float[np.ndarray, "m n"], labels: Int[np.ndarray, " m"]):
+        self._real = real
+        self._reader = SVC(gamma=cast(Any, 0.001)).fit(real, labels)
+
+    def __call__(self, pixels: Real[np.ndarray, "b n"], labels: Int[np.ndarray, " b"]) -> Score:
+        """The score of digits that should be `labels`."""
+        accuracy = float(np.mean(self._reader.predict(pixels) == labels))
+        return Score(accuracy, float(frechet_distance(pixels, self._real)))
 
 
 def real_halves(
@@ -49,7 +55,7 @@ def real_halves(
     """The same figures for real digits: one random half read and measured against the other."""
     order = np.random.default_rng(seed).permutation(len(real))
     one, other = np.array_split(order, 2)
-    return score(real[one], labels[one], real[other], labels[other])
+    return Judge(real[other], labels[other])(real[one], labels[one])
 
 
 def main(arguments: list[str]) -> int:
@@ -68,7 +74,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"score: {error}", file=sys.stderr)
         return 1
-    generated = score(token_ids, labels, real, real_labels)
+    generated = Judge(real, real_labels)(token_ids, labels)
     halves = real_halves(real, real_labels)
     print(f"{len(labels)} generated digits: {sampler.describe()}")
     for name, each in (("generated", generated), ("real, half to half", halves)):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from enat_jax.digits.score import main, real_halves, score
+from enat_jax.digits.score import Judge, main, real_halves
 
 
 @pytest.fixture(scope="module")
@@ -21,21 +21,21 @@ def test_real_digits_are_read_well_and_are_near_each_other(digits, seed):
 
 def test_all_real_digits_are_at_distance_0(digits):
     pixels, labels = digits
-    found = score(pixels.astype(int), labels, pixels, labels)
+    found = Judge(pixels, labels)(pixels.astype(int), labels)
     assert found.accuracy > 0.99
     assert found.frechet_distance == pytest.approx(0, abs=1e-6)
 
 
 def test_wrong_classes_cost_accuracy_alone(digits):
     pixels, labels = digits
-    found = score(pixels.astype(int), (labels + 1) % 10, pixels, labels)
+    found = Judge(pixels, labels)(pixels.astype(int), (labels + 1) % 10)
     assert found.accuracy < 0.01
     assert found.frechet_distance == pytest.approx(0, abs=1e-6)
 
 
 def test_noise_is_far_away(digits):
     noise = np.random.default_rng(0).integers(17, size=(500, 64))
-    found = score(noise, np.arange(500) % 10, *digits)
+    found = Judge(*digits)(noise, np.arange(500) % 10)
     assert found.accuracy < 0.3
     assert found.frechet_distance > 500
 
@@ -43,7 +43,7 @@ def test_noise_is_far_away(digits):
 def test_one_class_alone_is_further_away_than_half_of_all(digits):
     pixels, labels = digits
     ones = labels == 1
-    found = score(pixels[ones].astype(int), labels[ones], pixels, labels)
+    found = Judge(pixels, labels)(pixels[ones].astype(int), labels[ones])
     assert found.accuracy > 0.97
     assert found.frechet_distance > 5 * real_halves(pixels, labels).frechet_distance
 
