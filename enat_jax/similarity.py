@@ -170,16 +170,19 @@ def step_features(
             masks = jnp.full_like(ids[:, new.stop :], network.cfg.mask_id)
             features = network(condition, jnp.concatenate([ids[:, new], masks], axis=1), order)
         else:
+            reused = carried if plan.previous else None
             parts = network(
                 condition,
                 ids[:, new],
                 order[:, new],
                 order[:, new.stop :],
                 [plan],
-                features=carried if plan.previous else None,
+                features=reused,
             )
             there = [part for part in parts if part is not None]
-            carried = jnp.concatenate(there[:-1], axis=1) if there[:-1] else None
+            old = parts.previous if network.cfg.reproject else reused
+            handed_on = [part for part in (old, parts.new) if part is not None]
+            carried = jnp.concatenate(handed_on, axis=1) if handed_on else None
             features = jnp.concatenate(there, axis=1)
         found.append(jnp.take_along_axis(features.astype(jnp.float32), back, axis=1))
     return found

@@ -96,7 +96,7 @@ def _train(
         {name: getattr(run.sharding, name) for name in trees},
         config=metadata["config"],
         sections=("model", "tokenizer"),
-        may_differ=("attention", "remat", "dtype", "weights"),
+        may_differ=("attention", "remat", "dtype", "reproject", "weights"),
         stream=stream,
         say=say,
     )

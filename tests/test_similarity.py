@@ -27,13 +27,21 @@ from enat_jax.strategy import StrategyConfig, make_strategy
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SIZES = {"length": 16, "codebook_size": 5, "num_classes": 3, "width": 8, "num_heads": 2}
+
+
+def enat(**changes):
+    cfg = ENATConfig(**SIZES, encoder_depth=2, decoder_depth=1, **changes)
+    return ENAT(cfg, rngs=nnx.Rngs(0))
+
+
 NETWORKS = {
-    "enat": lambda: ENAT(ENATConfig(**SIZES, encoder_depth=2, decoder_depth=1), rngs=nnx.Rngs(0)),
+    "enat": enat,
+    "once": lambda: enat(reproject=False),
     "autonat": lambda: AutoNAT(AutoNATConfig(**SIZES, depth=2), rngs=nnx.Rngs(0)),
 }
 
 
-@pytest.fixture(params=["enat", "enat without reuse", "autonat"])
+@pytest.fixture(params=["enat", "enat without reuse", "once", "autonat"])
 def case(request):
     """A network that says different things everywhere, and whether its steps reuse features."""
     name = request.param.split()[0]
@@ -42,7 +50,7 @@ def case(request):
     noisy = jax.tree.map(
         lambda x: x + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), params
     )
-    return nnx.merge(graphdef, noisy), request.param == "enat"
+    return nnx.merge(graphdef, noisy), request.param in ("enat", "once")
 
 
 def generation(network, reuse, steps=4):

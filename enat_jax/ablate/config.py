@@ -10,8 +10,12 @@ from enat_jax.config_file import make_config, read_fields
 from enat_jax.objective import ObjectiveConfig
 from enat_jax.strategy import StrategyConfig
 
-SECTIONS = {"strategy": StrategyConfig, "sample": SampleConfig}
-"""The sections of a run's config whose fields can be compared."""
+SECTIONS = {
+    "strategy": tuple(each.name for each in fields(StrategyConfig)),
+    "sample": tuple(each.name for each in fields(SampleConfig)),
+    "model": ("dtype", "attention", "reproject"),  # what leaves the weights as they are
+}
+"""The sections of a run's config, with the fields that can be compared."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,10 @@ class AblateConfig:
     """One ablation; fields that a point does not name are as in its run's own config.
 
     Attributes:
-        grid: all combinations of the values of `strategy` fields, `sample` fields and `workdir`,
-            such as `{"strategy": {"steps": (4, 8), "guidance_scale": (0.0, 1.0)}}`; a value alone,
-            not in a list, is for all of the grid.
+        grid: all combinations of the values of `strategy` fields, `sample` fields, some `model`
+            fields (`dtype`, `attention`, `reproject`) and `workdir`, such as
+            `{"strategy": {"steps": (4, 8), "guidance_scale": (0.0, 1.0)}}`; a value alone, not in a
+            list, is for all of the grid.
         points: further points by name, such as `{"fast": {"strategy": {"steps": 4}}}`.
         objective: what the images are judged by.
         num_images: images per point and seed, image i of class i modulo the number of classes.
@@ -109,9 +114,9 @@ def _unknown(changes: Mapping[str, Any], path: str) -> list[str]:
         elif not isinstance(values, Mapping):
             problems.append(f"{path}.{section} = {values!r} must be a section of fields")
         else:
-            known = {each.name for each in fields(SECTIONS[section])}
+            known = SECTIONS[section]
             problems += [
-                f"{path}.{section}.{name} is no field of {section}{_guess(name, known)}"
+                f"{path}.{section}.{name} is nothing to compare{_guess(name, known)}"
                 for name in values
                 if name not in known
             ]

@@ -46,7 +46,9 @@ class ENATConfig:
             tokens; `none` (the encoder then reads all visible tokens anew); `all_tokens`, the
             last layer of all tokens, of masked ones the decoder's; `all_layers` of the visible
             tokens, each encoder block those of its own depth.
-        reuse_projection: whether reused features are projected at every step.
+        reuse_projection: whether reused features are projected before they are read.
+        reproject: whether a step of sampling projects what earlier steps have projected again, as
+            the reference does. If not, features are read projected once, as in training.
     """
 
     name: Literal["enat"] = "enat"
@@ -67,6 +69,7 @@ class ENATConfig:
     context_attention: Literal["joint", "alternating"] = "joint"
     reuse: Reuse = "last_layer"
     reuse_projection: bool = True
+    reproject: bool = True
 
     @property
     def mask_id(self) -> int:

@@ -117,7 +117,9 @@ def write(
     shape: Plan,
     counts: Plan | None,
 ) -> Carried:
-    """The state after a step that returned `out`: features reused as projected in it, and new ones.
+    """The state after a step that returned `out`: new features, and reused ones as projected in it.
+
+    Without `reproject` the reused ones stay as they were.
 
     Args:
         cfg: the network's.
@@ -128,10 +130,11 @@ def write(
         shape: the step's (padded) plan.
         counts: its traced counts, where it is padded.
     """
+    previous = out.previous if cfg.reproject else None  # without: the state stays as it was put out
     if cfg.reuse == "all_tokens":
         if not state.shape[1]:
             return state
-        state = state if out.previous is None else out.previous
+        state = state if previous is None else previous
         rows = jnp.arange(state.shape[0])[:, None]
         for group, (features, at) in enumerate(
             ((out.new, positions), (out.masked, masked_positions)), 1
@@ -142,8 +145,8 @@ def write(
                 state = state.at[rows, at].set(features, mode="drop")
         return state
     update = jax.lax.dynamic_update_slice_in_dim
-    if out.previous is not None:
-        state = update(state, out.previous, 0, axis=1)
+    if previous is not None:
+        state = update(state, previous, 0, axis=1)
     if out.new is not None and state.shape[1]:
         start = shape.previous if counts is None else counts.previous
         state = update(state, out.new, start, axis=1)

@@ -32,9 +32,9 @@ def test_unknown_fields_and_sections_are_named_with_the_closest_all_at_once():
         "points": {"fast": {"sample": {"bath_size": 4}}, "odd": 3},
     })  # fmt: skip
     assert "grid.stratgy is nothing to compare (did you mean strategy?)" in message
-    assert "grid.strategy.stps is no field of strategy (did you mean steps?)" in message
+    assert "grid.strategy.stps is nothing to compare (did you mean steps?)" in message
     assert (
-        "points.fast.sample.bath_size is no field of sample (did you mean batch_size?)" in message
+        "points.fast.sample.bath_size is nothing to compare (did you mean batch_size?)" in message
     )
     assert "points.odd = 3 must be a section of fields" in message
 

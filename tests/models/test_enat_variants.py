@@ -42,6 +42,7 @@ VARIANTS = {
     "disentangled": {"reuse": "none"},
     "alternating": {"context_attention": "alternating"},
     "no_projection": {"reuse_projection": False},
+    "projected_once": {"reproject": False},
     "all_tokens": {"reuse": "all_tokens"},
     "all_layers": {"reuse": "all_layers"},
     "alternating_all_tokens": {"reuse": "all_tokens", "context_attention": "alternating"},
@@ -306,7 +307,28 @@ def sample(graphdef, params, strategy, layout):
     return ids, records[-1].logits[-1]
 
 
-@each("alternating", "all_tokens")
+@pytest.mark.parametrize("kind", ["last_layer", "all_tokens", "all_layers"])
+@pytest.mark.parametrize("again", [True, False])
+def test_features_are_handed_on_projected_again_or_as_the_encoder_put_them_out(kind, again):
+    model = network("", reuse=kind, reproject=again)
+    ids, order = jnp.arange(16)[None] % 11, jnp.arange(16)[None]
+
+    def step(state, plan):
+        new = slice(plan.previous, plan.previous + plan.new)
+        condition = model.condition(jnp.array([1]))
+        return model.predict(
+            condition, state, ids[:, new], order[:, new], order[:, new.stop :], plan, None
+        )[1]
+
+    first = step(model.initial_state(1, 16), Plan(0, 3, 13))
+    second = step(first, Plan(3, 4, 9))
+    projected = reuse.project(model.cfg, model.reuse_projection, first)
+    expected = projected if again else first
+    np.testing.assert_allclose(second[:, :3], expected[:, :3], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(projected[:, :3], first[:, :3], atol=0.1)
+
+
+@each("alternating", "projected_once", "all_tokens")
 def test_exact_bucketed_and_one_bucket_generation_agree(name):
     model = network(name)
     strategy = GenerationStrategy(

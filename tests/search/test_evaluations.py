@@ -1,10 +1,12 @@
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from on_hosts import on_devices
 
 from enat_jax.config import load_config
 from enat_jax.models.network import make_network
@@ -165,3 +167,26 @@ def brightness(images, class_ids):
     assert images.shape == (len(class_ids), 8, 8, 3)
     assert images.dtype == np.uint8
     return float(images.mean())
+
+
+ON_EIGHT = """
+import pathlib
+sys.path.insert(0, arguments[0])
+import test_evaluations as t
+evaluate, start = t.evaluations("digits")
+assert jax.device_count() == 8
+values = [scores["ink"] for scores in evaluate(t.asked_by_an_update(start), t.IMAGES)]
+np.save(arguments[1], values)
+"""
+
+
+def asked_by_an_update(start):
+    return make_optimiser(CONFIG, start, PARAMETERS, phase=0).ask()[:4]
+
+
+def test_eight_devices_share_out_the_images_and_give_the_same_values(tmp_path):
+    evaluate, start = evaluations("digits")
+    expected = [scores["ink"] for scores in evaluate(asked_by_an_update(start), IMAGES)]
+    on_devices(ON_EIGHT, pathlib.Path(__file__).parent, tmp_path / "values.npy", devices=8)
+    np.testing.assert_allclose(np.load(tmp_path / "values.npy"), expected, rtol=1e-12)
+    assert len(set(expected)) > 1
