@@ -49,6 +49,7 @@ class Evaluations:
         parameters: where a strategy's numbers are.
         layouts: that may be compiled: at most two.
         compiled: programs by layout, and number of strategies in a call.
+        batch_size: images in a call.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Evaluations:
         self._cfg, self._sampler, self._objective = cfg, sampler, objective
         self._length = model.length
         self._reuse = model.carries_features and sampler.config.strategy.reuse
-        self._batch = sampler.program.batch_size(max(cfg.num_images))
+        self.batch_size = sampler.program.batch_size(max(cfg.num_images))
         self.parameters = Parameters(cfg.steps)
         new = [self._length - 1]
         if self._reuse:
@@ -125,14 +126,14 @@ class Evaluations:
         traced, key = put((traced, jax.random.key(self._cfg.seed)), whole)
         decoder = sampler.tokenizer.params if sampler.tokenizer and wants != "token_ids" else ()
         scorers = [self._objective.start() for _ in candidates]
-        for first in range(0, images, self._batch):
-            ids = np.arange(first, first + self._batch, dtype=np.int32)
+        for first in range(0, images, self.batch_size):
+            ids = np.arange(first, first + self.batch_size, dtype=np.int32)
             batch = classes[np.minimum(ids, images - 1)]  # the last one is filled up
             arguments = (
                 sampler.params, decoder, put(batch, by_image), put(ids, by_image), traced, key
             )  # fmt: skip
             made = self._program(layout, together, arguments)(*arguments)
-            count = min(self._batch, images - first)
+            count = min(self.batch_size, images - first)
             for scorer, part in zip(scorers, made, strict=False):  # some lanes are not counted
                 scorer.add(part, batch[:count])
         return [scorer.value() for scorer in scorers]

@@ -70,7 +70,7 @@ def measure(
         "model": restored.config.model.name,
         "steps": cfg.steps,
         "images": images,
-        "batch_size": sampler.program.batch_size(images),
+        "batch_size": evaluations.batch_size,
         "evaluations_per_update": len(candidates),
         "evaluations_per_second": searching,
         "evaluations_per_second_compiling_each": compiling,

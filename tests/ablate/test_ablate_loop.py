@@ -17,7 +17,7 @@ from enat_jax.models.flops import generation_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-IMAGES = 30  # a batch of 20 and one that is filled up
+IMAGES = 30  # three batches of 8 and one that is filled up
 CLASSES = np.arange(IMAGES) % 10
 
 
@@ -39,11 +39,14 @@ def nowhere(made, class_ids):
 def config(*overrides, function="checksum", output="token_ids", **fields):
     return ablation_from_dict(
         {
-            "grid": {"strategy": {"steps": (3, 2), "choice_temperature": (1.0, 8.0)}},
+            "grid": {
+                "strategy": {"steps": (3, 2), "choice_temperature": (1.0, 8.0)},
+                "sample": {"batch_size": 8},
+            },
             "objective": {"name": f"{__name__}:{function}", "output": output},
             "num_images": IMAGES,
             "timed_batches": 2,
-            "sheet": 4,
+            "sheet": 10,  # of two batches
             **fields,
         },
         overrides,
@@ -141,7 +144,7 @@ def test_the_sheet_shows_the_same_noise_and_classes_in_every_row(done, model):
         sheet = np.asarray(image)
     settings = [(3, 1.0), (3, 8.0), (2, 1.0), (2, 8.0)]
     for row, (steps, temperature) in enumerate(settings):
-        images = model.sample(CLASSES[:4], seed=5, steps=steps, choice_temperature=temperature)
+        images = model.sample(CLASSES[:10], seed=5, steps=steps, choice_temperature=temperature)
         for column, expected in enumerate(images):
             top, left = row * (64 + 4 + 18) + 18, 4 + column * (64 + 4)
             np.testing.assert_array_equal(sheet[top : top + 64 : 8, left : left + 64 : 8], expected)
