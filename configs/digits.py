@@ -48,6 +48,6 @@ def get_config() -> ConfigDict:
                 "choice_temperature": 32.0,
                 "sampling_temperature": 1.0,
             },
-            "sample": {"batch_size": 100},
+            "sample": {"batch_size": 20},
         }
     )
