@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from enat_jax.ablate.config import AblateConfig
+from enat_jax.ablate.config import SECTIONS, AblateConfig
 from enat_jax.ablate.measure import Generators, Speed
 from enat_jax.ablate.plot import Series, draw_pareto
 from enat_jax.ablate.points import AblateError, Point, by_program, check_points, identity, settings
@@ -156,6 +156,7 @@ def _row(point: Point, seed: int, num_images: int, scores: dict[str, float], spe
         "workdir": point.workdir,
         "checkpoint": point.model.step,
         "network": point.config.model.name,
+        **{name: getattr(point.config.model, name, "") for name in SECTIONS["model"]},
         "num_images": num_images,
         **dataclasses.asdict(point.config.sample),
         **point.strategy,

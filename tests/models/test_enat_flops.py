@@ -144,7 +144,11 @@ def test_a_training_step_of_a_variant_costs_what_the_formula_says(name):
 
     shapes = (params, params, ids(1, 2, 64), Draws(ids(1, 2, 64), ids(1, 2)))
     formula = sum(training_flops(cfg, plan) for plan in plans)
-    assert formula <= counted(jax.grad(loss), *shapes) <= ELEMENTWISE * formula
+    idle = 0.0
+    if name == "alternating":  # new tokens of the first image ask, forward and back, with nothing
+        # to read there: queries and results of a row are one product
+        idle = 3 * 2 * plans[0].new * 2 * cfg.width**2 * cfg.encoder_depth
+    assert formula <= counted(jax.grad(loss), *shapes) <= ELEMENTWISE * (formula + idle)
 
 
 @pytest.mark.parametrize("name", ["digits_nat", "digits_disentangled"])
