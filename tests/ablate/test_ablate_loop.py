@@ -2,6 +2,7 @@ import csv
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,8 +13,12 @@ from enat_jax.ablate import loop, measure
 from enat_jax.ablate.config import ablation_from_dict
 from enat_jax.ablate.loop import ablate
 from enat_jax.ablate.points import AblateError
+from enat_jax.checkpoint import Checkpoints
+from enat_jax.config import override_config
 from enat_jax.errors import UserError
+from enat_jax.generation_program import abstract_params
 from enat_jax.models.flops import generation_flops
+from enat_jax.sample import restore, sampler_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -167,6 +172,28 @@ def test_runs_of_one_network_share_programs_and_keep_their_weights(trained, tmp_
         made = np.concatenate(list(enat_jax.load(path).token_batches(CLASSES, seed=5)))
         assert float(row["checksum"]) == checksum(made, CLASSES)
     assert table.missing() == []
+
+
+def test_fields_of_the_network_that_leave_its_weights_alone_are_compared(trained, tmp_path):
+    there = Checkpoints(trained / "checkpoints", read_only=True)
+    _, trees = there.restore({"ema": abstract_params(restore(trained).config.model)[1]})
+    noisy = jax.tree.map(  # a tiny run's weights hardly read features
+        lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), trees
+    )
+    copy = Checkpoints(tmp_path / "noisy" / "checkpoints")
+    copy.save(4, noisy, metadata=there.metadata())
+    copy.close()
+    grid = {"model": {"reproject": (True, False)}, "strategy": {"steps": 4}}
+    run(config(grid=grid), tmp_path, tmp_path / "noisy")
+    found = {row["reproject"]: float(row["checksum"]) for row in rows(tmp_path)}
+    for again in (True, False):
+        once = [f"model.reproject={again}"]
+        sampler = sampler_of(
+            restore(tmp_path / "noisy", overrides=lambda f, o=once: override_config(f, o))
+        )
+        made = np.concatenate(list(sampler.token_batches(CLASSES, seed=0, steps=4)))
+        assert found[str(again)] == checksum(made, CLASSES)
+    assert found["True"] != found["False"]
 
 
 def test_a_killed_ablation_does_only_what_is_missing(done, trained, tmp_path, judged):
