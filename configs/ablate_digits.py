@@ -9,13 +9,24 @@ runs/small/digits_nat-0 and so on; docs/ablations.md has the loop that trains th
 from ml_collections import ConfigDict
 
 NETWORKS = ("digits_nat", "digits_disentangled", "digits")
+STEPS = (4, 8, 16)
+SEEDS = (0, 1, 2)
 
 
 def get_config() -> ConfigDict:
-    runs = tuple(f"runs/small/{name}-{seed}" for name in NETWORKS for seed in range(3))
+    runs = tuple(f"runs/small/{name}-{seed}" for name in NETWORKS for seed in SEEDS)
     return ConfigDict(
         {
-            "grid": {"strategy": {"steps": (4, 8, 16)}, "workdir": runs},
+            "grid": {"strategy": {"steps": STEPS}, "workdir": runs},
+            "points": {
+                f"projected once, steps={steps}, seed {seed}": {
+                    "model": {"reproject": False},
+                    "strategy": {"steps": steps},
+                    "workdir": f"runs/small/digits-{seed}",
+                }
+                for steps in STEPS
+                for seed in SEEDS
+            },
             "objective": {"name": "digits"},
             "num_images": 1000,
             "seeds": (0,),
