@@ -147,6 +147,7 @@ def test_the_summary_and_the_plot_are_there(done):
 def test_the_sheet_shows_the_same_noise_and_classes_in_every_row(done, model):
     with Image.open(done[0] / "sheet.png") as image:
         sheet = np.asarray(image)
+    assert sheet.shape[1] == 4 + 10 * (64 + 4)
     settings = [(3, 1.0), (3, 8.0), (2, 1.0), (2, 8.0)]
     for row, (steps, temperature) in enumerate(settings):
         images = model.sample(CLASSES[:10], seed=5, steps=steps, choice_temperature=temperature)
@@ -238,13 +239,22 @@ def test_a_changed_config_is_refused_with_its_field(done, trained, override, mes
     assert (done[0] / "results.csv").read_bytes() == before
 
 
-def test_a_run_that_went_on_is_refused_with_its_checkpoint(done, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "earlier", "message"),
+    [
+        ("checkpoint", 2, "checkpoint = 4, there 2"),
+        ("digest", "f00d", r'digest = ".*", there "f00d"'),
+    ],
+)
+def test_a_run_that_has_other_weights_now_is_refused(
+    done, trained, tmp_path, field, earlier, message
+):
     about = json.loads((done[0] / "about.json").read_text())
     copy = shutil.copytree(done[0], tmp_path / "copy")
     for each in about["run"].values():
-        each["checkpoint"] = 2
+        each[field] = earlier
     (copy / "about.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match=r"run\..*checkpoint = 4, there 2"):
+    with pytest.raises(UserError, match=r"run\..*" + message):
         run(config(seeds=(5, 6)), copy, trained)
 
 
