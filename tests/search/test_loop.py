@@ -52,7 +52,8 @@ class Distance(Evaluations):
             Distance.asked += 1
             if Distance.asked == Distance.fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
-            value = float(np.sum((numbers - KNOWN) ** 2) + 1 / images)
+            # few images flatter, so that values of two sizes do not compare
+            value = float(np.sum((numbers - KNOWN) ** 2) - 100 / images)
             found.append({"never_called": np.nan if Distance.asked in Distance.bad else value})
         return found
 
@@ -122,7 +123,7 @@ def test_the_record_has_a_row_per_evaluation_and_its_value(model, tmp_path):
     assert [int(row[2]) for row in rows] == 21 * [10] + 28 * [50]
     for row in rows:
         numbers = np.array(row[3:9], np.float64)
-        assert float(row[9]) == np.sum((numbers - KNOWN) ** 2) + 1 / int(row[2])
+        assert float(row[9]) == np.sum((numbers - KNOWN) ** 2) - 100 / int(row[2])
 
 
 def test_the_best_is_that_of_the_largest_sample_and_can_be_read(model, tmp_path):
