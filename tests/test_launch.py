@@ -112,6 +112,14 @@ class TestLocalMultiprocess:
         code, _, _ = run(*command, "fails", GRACE="0.5")  # the other would outlast the test
         assert code == 7
 
+    @pytest.fixture
+    def _interruptible(self):
+        """Children hear SIGINT, also of tests that run in a shell's background, which do not."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.usefixtures("_interruptible")
     @pytest.mark.parametrize(
         ("told", "code", "last"), [(signal.SIGTERM, 0, "told"), (signal.SIGINT, 130, None)]
     )

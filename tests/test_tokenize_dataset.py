@@ -269,8 +269,8 @@ class TestInterruptedRuns:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"tokenizer": Patches(digest="ffff")}, "tokenizer_digest = 'abcd', now 'ffff'"),
-            ({"grid": (2, 2)}, r"grid = \[3, 3\], now \[2, 2\]; image_size = 12, now 8"),
+            ({"tokenizer": Patches(digest="ffff")}, 'tokenizer_digest = "ffff", there "abcd"'),
+            ({"grid": (2, 2)}, r"grid = \[2, 2\], there \[3, 3\]; image_size = 8, there 12"),
         ],
     )
     def test_another_tokenizer_or_size_is_refused(
@@ -284,7 +284,7 @@ class TestInterruptedRuns:
 
     def test_other_shards_are_refused(self, pictures, elsewhere, tmp_path):
         shutil.copytree(elsewhere / "record", tmp_path, dirs_exist_ok=True)
-        with pytest.raises(RecordsError, match="shard_size = 6, now 7"):
+        with pytest.raises(RecordsError, match="shard_size = 7, there 6"):
             run(replace(pictures, shard_size=7), tmp_path)
 
 
