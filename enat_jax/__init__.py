@@ -1,5 +1,14 @@
 """Token-based image synthesis with non-autoregressive Transformers (ENAT, AutoNAT) in JAX."""
 
-from enat_jax.sample import load
+from typing import Any
 
 __all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what users ask for when they ask for it, so that importing the package is cheap."""
+    if name == "load":
+        from enat_jax.sampling.sampler import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,8 +5,7 @@ from typing import Any
 
 from absl import flags
 
-from enat_jax.errors import UserError
-from enat_jax.verbs import (
+from enat_jax.cli import (
     ablate,
     bench,
     convert,
@@ -20,7 +19,8 @@ from enat_jax.verbs import (
     train,
     train_tokenizer,
 )
-from enat_jax.verbs import compile as compile_ahead
+from enat_jax.cli import compile as compile_ahead
+from enat_jax.errors import UserError
 
 VERBS: dict[str, Any] = {
     "train": train,

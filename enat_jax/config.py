@@ -5,14 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from enat_jax.config_file import make_config, read_fields
-from enat_jax.data import DataConfig
-from enat_jax.image_source import ImageConfig
-from enat_jax.loop_config import LoopConfig, check_loop
-from enat_jax.models.enat_config import ENATConfig
-from enat_jax.models.network import NetworkConfig, network_problems
-from enat_jax.optim import OptimConfig
-from enat_jax.sharding import MeshConfig
-from enat_jax.strategy import SCHEDULES, StrategyConfig, make_strategy
+from enat_jax.core.strategy import SCHEDULES, StrategyConfig, make_strategy
+from enat_jax.data.batches import DataConfig
+from enat_jax.data.image_source import ImageConfig
+from enat_jax.models.enat.config import ENATConfig
+from enat_jax.models.networks import NetworkConfig, network_problems
+from enat_jax.parallel.placement import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,60 @@ class TokenizerConfig:
     grid: tuple[int, int] = (16, 16)
     weights: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """ENAT's recipe by default (its section 5.1 and code).
+
+    Attributes:
+        learning_rate: after the warm-up, for the config's own batch size.
+        warmup_steps: steps of linear warm-up; the first two steps have rate 0, as the reference's.
+        decay: `constant`, or `cosine` to 0 at the last step.
+        weight_decay: decoupled, on every parameter.
+        betas: Adam's averages of gradient and squared gradient.
+        epsilon: added to the root of the second moment.
+        max_grad_norm: clips the global gradient norm; 0 does not clip.
+        ema_decay: of the moving average of parameters, used for features and for sampling.
+    """
+
+    learning_rate: float = 4e-4
+    warmup_steps: int = 5000
+    decay: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.03
+    betas: tuple[float, float] = (0.99, 0.99)
+    epsilon: float = 1e-8
+    max_grad_norm: float = 0.0
+    ema_decay: float = 0.9999
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What every kind of training run has in its `train` section.
+
+    Attributes:
+        seed: of everything random.
+        steps: optimiser steps.
+        batch_size: images per step, over all devices.
+        log_every: steps between two lines of the log.
+        sample_every: steps between two pictures; 0 makes none.
+        checkpoint_every: steps between two checkpoints.
+        keep: newest checkpoints kept.
+        max_bad_steps: steps in a row with a loss or a gradient that is not finite, none of them
+            applied, after which the run stops.
+        profile_steps: first and last step, counted from 1, of a profiler trace that TensorBoard
+            shows; (0, 0) traces nothing.
+    """
+
+    seed: int = 0
+    steps: int = 500_000
+    batch_size: int = 2048
+    log_every: int = 100
+    sample_every: int = 5000
+    checkpoint_every: int = 5000
+    keep: int = 3
+    max_bad_steps: int = 10
+    profile_steps: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -247,3 +299,22 @@ def check(config: Config) -> list[str]:
         except ValueError as error:
             problems.append(f"strategy: {error}")
     return problems
+
+
+def check_loop(train: LoopConfig) -> list[str]:
+    """What is wrong with it, one phrase per problem, each with value, limit and field."""
+    first, last = train.profile_steps
+    rules = [
+        (0 <= train.seed < 2**32, "seed", f"must be in [0, {2**32})"),
+        (train.sample_every >= 0, "sample_every", "must be at least 0"),
+        (first == last == 0 or 1 <= first <= last, "profile_steps",
+         "must be the first and the last step, from 1, or (0, 0)"),
+    ]  # fmt: skip
+    rules += [
+        (getattr(train, name) >= 1, name, "must be at least 1")
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep",
+                     "max_bad_steps")
+    ]  # fmt: skip
+    return [
+        f"train.{name} = {getattr(train, name)} {limit}" for good, name, limit in rules if not good
+    ]

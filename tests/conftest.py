@@ -1,24 +1,18 @@
-"""What the tests share: the reference's recordings and the network they were recorded from."""
+"""What the tests share: exact products, a tiny run, and the recorded network."""
 
 import atexit
-import json
 import os
-import pathlib
 import shutil
 import tempfile
 
 import jax
 import numpy as np
 import pytest
-from einops import rearrange
-from flax import nnx
 from safetensors.numpy import load_file
 
 from enat_jax.config import load_config
-from enat_jax.convert.apply import apply_rules
-from enat_jax.convert.enat import never_read, rules
-from enat_jax.models.enat import ENAT, ENATConfig
-from enat_jax.train import train
+from enat_jax.training.train import train
+from tests.support.golden import GOLDEN, enat_from
 
 # What one test compiled no other compiles again, in other processes of the same run neither.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -27,9 +21,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-# recordings of the reference; the committed ones are a subset, and every test reads what is there
-GOLDEN = pathlib.Path(os.environ.get("ENAT_GOLDEN", pathlib.Path(__file__).parent / "golden"))
 
 
 @pytest.fixture(autouse=True)
@@ -82,44 +73,6 @@ def trained(tiny_config, tmp_path_factory):
         train(tiny_config(), workdir)
     jax.config.update("jax_disable_most_optimizations", before)
     return workdir
-
-
-def golden_enat_config():
-    """The config of the recorded network."""
-    recorded = json.loads((GOLDEN / "enat/config.json").read_text())
-    return ENATConfig(
-        length=recorded["seq_len"],
-        codebook_size=recorded["codebook_size"],
-        num_classes=recorded["num_classes"],
-        width=recorded["hidden_size"],
-        num_heads=recorded["num_heads"],
-        encoder_depth=recorded["enc_dec"][0],
-        decoder_depth=recorded["enc_dec"][1],
-    )
-
-
-def enat_from(weights, cfg=None):
-    """The network with given PyTorch weights."""
-    cfg = cfg or golden_enat_config()
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: ENAT(cfg, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, apply_rules(rules(cfg), weights, abstract, unused=never_read))
-
-
-def torch_arrays(tree, cfg=None):
-    """A tree of parameters, or shaped like them, by PyTorch name; vectors lose axes of length 1."""
-    leaves = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(tree)}
-    arrays = {}
-    for rule in rules(cfg or golden_enat_config()):
-        leaf = np.asarray(leaves[rule.target])
-        parts = [leaf] if isinstance(rule.source, str) else leaf
-        for name, part in zip(rule.names, parts, strict=True):
-            if "key_value" in rule.target:
-                arrays[name] = rearrange(
-                    part, "i k o -> (k o) i" if part.ndim == 3 else "k o -> (k o)"
-                )
-            else:
-                arrays[name] = rule.transform(part)  # its own inverse, but for lost axes
-    return arrays
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from enat_jax.config import (
     override_config,
 )
 from enat_jax.config_file import ConfigError
-from enat_jax.models.autonat import AutoNATConfig
-from enat_jax.models.enat import ENATConfig
-from enat_jax.tokenizer_config import load_tokenizer_config
+from enat_jax.models.autonat.network import AutoNATConfig
+from enat_jax.models.enat.network import ENATConfig
+from enat_jax.training.tokenizer_config import load_tokenizer_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 TOKENIZERS = sorted(FOLDER.glob("*_tokenizer.py"))  # configs of a VQGAN's training

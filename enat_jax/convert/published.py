@@ -12,22 +12,22 @@ import jax
 import numpy as np
 from flax import nnx
 
-from enat_jax.checkpoint import Checkpoints
+from enat_jax.checkpoints.store import Checkpoints
+from enat_jax.checkpoints.tokenizer import CHECKPOINTS, abstract_vqgan
+from enat_jax.checkpoints.weights_digest import file_digest
 from enat_jax.config import Config, config_from_dict
-from enat_jax.convert import autonat as autonat_rules
-from enat_jax.convert import enat as enat_rules
-from enat_jax.convert import vqgan as vqgan_rules
-from enat_jax.convert.apply import ConvertError, apply_rules
 from enat_jax.convert.flax_file import is_flax_file, read_flax
 from enat_jax.convert.torch_file import read_weights
 from enat_jax.convert.torch_pickle import WeightFileError
 from enat_jax.convert.verify import Comparison, verify
 from enat_jax.convert.verify_autonat import verify_autonat
 from enat_jax.convert.verify_images import verify_inception, verify_vqgan
-from enat_jax.digests import file_digest
-from enat_jax.generation_program import abstract_params
-from enat_jax.metrics.inception import Inception
-from enat_jax.tokenizer import CHECKPOINTS, abstract_vqgan
+from enat_jax.evaluation.inception import Inception
+from enat_jax.models.autonat import weights as autonat_rules
+from enat_jax.models.enat import weights as enat_rules
+from enat_jax.models.import_table import ConvertError, apply_rules
+from enat_jax.sampling.program import abstract_params
+from enat_jax.tokenizers import vqgan_weights as vqgan_rules
 from enat_jax.tokenizers.vqgan import VQGANConfig
 
 _TABLES: dict[str, ModuleType] = {"enat": enat_rules, "autonat": autonat_rules}

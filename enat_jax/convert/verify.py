@@ -10,13 +10,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from enat_jax.convert.apply import ConvertError
-from enat_jax.generate import StepRecord, generate, plan_generation
-from enat_jax.models.enat import ENAT
+from enat_jax.core.generate import StepRecord, generate, plan_generation
+from enat_jax.core.plans import Plan
+from enat_jax.core.strategy import GenerationStrategy
+from enat_jax.models.enat.network import ENAT
 from enat_jax.models.flops import step_flops
-from enat_jax.models.network import Network
-from enat_jax.plans import Plan
-from enat_jax.strategy import GenerationStrategy
+from enat_jax.models.import_table import ConvertError
+from enat_jax.models.networks import Network
 
 Arrays = Mapping[str, np.ndarray]
 

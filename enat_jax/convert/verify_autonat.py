@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from enat_jax.convert.verify import Arrays, Comparison, compare, decisions, something
-from enat_jax.models.autonat import AutoNAT
-from enat_jax.strategy import GenerationStrategy
+from enat_jax.core.strategy import GenerationStrategy
+from enat_jax.models.autonat.network import AutoNAT
 
 
 def verify_autonat(model: AutoNAT, recorded: Arrays) -> list[Comparison]:

@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Shaped
 
-from enat_jax.convert.apply import ConvertError
 from enat_jax.convert.verify import Arrays, Comparison, compare
-from enat_jax.metrics.inception import Inception
+from enat_jax.evaluation.inception import Inception
+from enat_jax.models.import_table import ConvertError
 from enat_jax.tokenizers.vqgan import VQGAN
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from enat_jax.models import autonat_flops, enat_flops
-from enat_jax.models.autonat import AutoNATConfig
-from enat_jax.models.network import NetworkConfig
-from enat_jax.plans import Bucket, Plan
+from enat_jax.core.plans import Bucket, Plan
+from enat_jax.models.autonat import flops as autonat_flops
+from enat_jax.models.autonat.network import AutoNATConfig
+from enat_jax.models.enat import flops as enat_flops
+from enat_jax.models.networks import NetworkConfig
 
 
 def step_flops(cfg: NetworkConfig, plan: Plan, *, reuse: bool = True) -> float:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from enat_jax.plans import Plan
+from enat_jax.core.plans import Plan
 
 
 @dataclass(frozen=True)

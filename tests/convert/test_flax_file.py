@@ -5,11 +5,11 @@ import msgpack
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
 from flax import serialization
 
 from enat_jax.convert.flax_file import is_flax_file, read_flax
 from enat_jax.convert.torch_pickle import WeightFileError
+from tests.support.golden import GOLDEN
 
 FLOATS = np.arange(6, dtype=np.float32).reshape(2, 3)
 TREE = {"params": {"encoder": {"kernel": FLOATS, "bias": np.ones(3)}, "codebook": FLOATS.T}}

@@ -8,15 +8,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, golden_enat_config
 from safetensors.numpy import save_file
 
 import enat_jax
 from enat_jax.__main__ import main
 from enat_jax.config import Config, TokenizerConfig, override_config
 from enat_jax.convert import published
-from enat_jax.convert.apply import ConvertError
 from enat_jax.convert.published import convert_network, write_checkpoint
+from enat_jax.models.import_table import ConvertError
+from tests.support.golden import GOLDEN, golden_enat_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
-from recorded_autonat import autonat_from, recorded_config, recorded_weights
 from safetensors.numpy import save_file
-from test_published import same_leaves, write_torch
 
 import enat_jax
 from enat_jax.__main__ import main
 from enat_jax.config import Config, TokenizerConfig
-from enat_jax.convert.apply import ConvertError
 from enat_jax.convert.published import convert_network
 from enat_jax.convert.verify_autonat import verify_autonat
+from enat_jax.models.import_table import ConvertError
+from tests.convert.test_published import same_leaves, write_torch
+from tests.support.golden import GOLDEN
+from tests.support.recorded_autonat import autonat_from, recorded_config, recorded_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -9,23 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from flax import nnx, serialization
-from golden.vqgan.load_state import load_state
 from safetensors.numpy import save_file
-from test_published import SOURCE, same_leaves, write_torch
-from test_vqgan_rules import made
 
 from enat_jax.__main__ import main
-from enat_jax.checkpoint import Checkpoints
-from enat_jax.convert import inception
-from enat_jax.convert.apply import ConvertError
+from enat_jax.checkpoints.store import Checkpoints
+from enat_jax.checkpoints.tokenizer import load_vqgan
 from enat_jax.convert.published import convert_vqgan, write_vqgan
 from enat_jax.convert.torch_pickle import WeightFileError
-from enat_jax.convert.vqgan import rules
-from enat_jax.metrics.inception import Features, Inception
-from enat_jax.tokenizer import load_vqgan
+from enat_jax.evaluation import inception_weights as inception
+from enat_jax.evaluation.inception import Features, Inception
+from enat_jax.models.import_table import ConvertError
 from enat_jax.tokenizers.vqgan import VQGANConfig
+from enat_jax.tokenizers.vqgan_weights import rules
+from tests.convert.test_published import SOURCE, same_leaves, write_torch
+from tests.golden.vqgan.load_state import load_state
+from tests.support.golden import GOLDEN
+from tests.tokenizers.test_vqgan_weights import made
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

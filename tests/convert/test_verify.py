@@ -2,10 +2,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import enat_from, golden_enat_config
 
-from enat_jax.convert.apply import ConvertError
 from enat_jax.convert.verify import Comparison, verify
+from enat_jax.models.import_table import ConvertError
+from tests.support.golden import enat_from, golden_enat_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

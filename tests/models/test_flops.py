@@ -8,17 +8,17 @@ import pytest
 from flax import nnx
 
 from enat_jax.config import load_config
-from enat_jax.generate import generate, plan_generation
-from enat_jax.models.enat import ENAT, ENATConfig, Modulation
-from enat_jax.models.enat_flops import modulation_flops
+from enat_jax.core.generate import generate, plan_generation
+from enat_jax.core.plans import Plan
+from enat_jax.core.strategy import StrategyConfig, make_strategy
+from enat_jax.models.enat.flops import modulation_flops
+from enat_jax.models.enat.network import ENAT, ENATConfig, Modulation
 from enat_jax.models.flops import (
     generation_flops,
     step_flops,
     training_flops,
 )
-from enat_jax.plans import Plan
-from enat_jax.strategy import StrategyConfig, make_strategy
-from enat_jax.training_step import Draws, row_loss
+from enat_jax.training.step import Draws, row_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from enat_jax.core.plans import Plan
 from enat_jax.models.rows import Rows
-from enat_jax.plans import Plan
 
 PLANS = (Plan(0, 1, 3), Plan(0, 0, 4), Plan(0, 3, 1))
 VISIBLE = jnp.array([[1, 2, 3, 4]])

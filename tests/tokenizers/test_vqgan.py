@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from flax import nnx
-from golden.vqgan.load_state import load_state
 
-from enat_jax.convert.apply import apply_rules
-from enat_jax.convert.vqgan import rules, sizes_from_weights
-from enat_jax.tokenizer import abstract_vqgan
+from enat_jax.checkpoints.tokenizer import abstract_vqgan
+from enat_jax.models.import_table import apply_rules
 from enat_jax.tokenizers import vqgan
 from enat_jax.tokenizers.vqgan import VQGAN, Conv, GroupNorm, Level, ResBlock, VQGANConfig
+from enat_jax.tokenizers.vqgan_weights import rules, sizes_from_weights
+from tests.golden.vqgan.load_state import load_state
+from tests.support.golden import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: written, verified, read and gone on from."""

@@ -1,0 +1,48 @@
+"""Speed, FLOPs and memory as JSON."""
+
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from enat_jax.errors import UserError
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the verb's flags."""
+    flags.DEFINE_string("config", None, "the config file", values, required=True)
+    flags.DEFINE_list("what", ["sample"], "sample, train, encode, decode, flops", values)
+    flags.DEFINE_list("batch_sizes", ["1"], "images per call of the sampler", values)
+    flags.DEFINE_list("dtypes", [], "float32, bfloat16; the config's by default", values)
+    flags.DEFINE_enum("layers", "auto", ["auto", "stacked", "unstacked"],
+                      "how the sampler lays out depth", values)  # fmt: skip
+    flags.DEFINE_integer(
+        "repeats", 5, "timed calls of each case", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_string("out", None, "where to write the JSON as well", values)
+
+
+def run(args: flags.FlagValues, overrides: list[str]) -> int:
+    """Does the job; returns the exit code."""
+    from enat_jax.config import load_config
+    from enat_jax.tools.bench import bench
+
+    try:
+        batch_sizes = [int(text) for text in args.batch_sizes]
+    except ValueError as error:
+        raise UserError(f"--batch_sizes={','.join(args.batch_sizes)}: {error}") from error
+    result = bench(
+        load_config(args.config, overrides),
+        what=args.what,
+        batch_sizes=batch_sizes,
+        dtypes=args.dtypes,
+        layers=args.layers,
+        repeats=args.repeats,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.out:
+        pathlib.Path(args.out).write_text(text + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,60 @@
+"""The flags of verbs that run on several hosts."""
+
+import sys
+import traceback
+
+from absl import flags
+
+_connected = False
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags; a cluster that JAX knows tells them by itself."""
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, where there are several", values
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "how many processes make up the run", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "which of them this one is, from 0", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "wait", 300, "seconds to wait for the others", lower_bound=1, flag_values=values
+    )
+
+
+def connect(args: flags.FlagValues, *, listens: bool = False) -> None:
+    """Meets the other processes of the run, before anything else of JAX: see `hosts.connect`."""
+    global _connected
+    from enat_jax.parallel import hosts
+
+    _connected = True
+    hosts.connect(
+        args.coordinator, args.num_processes, args.process_id, wait=args.wait, listens=listens
+    )
+
+
+def end(message: str, code: int) -> int:
+    """Says why the verb ends; where there are several processes, ends all of them."""
+    if _connected:
+        from enat_jax.parallel import hosts
+
+        return hosts.end(message, code)
+    print(message, file=sys.stderr)
+    return code
+
+
+def end_by(error: Exception, verb: str) -> int:
+    """Ends a verb by an error that nobody foresaw: its traceback, unless another process is why."""
+    if not _connected:
+        raise error
+    from enat_jax.parallel import hosts
+
+    if not hosts.several():
+        raise error
+    loss = hosts.loss()
+    if not loss:
+        traceback.print_exception(error)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return hosts.end(f"enat {verb}: {loss or reason}")

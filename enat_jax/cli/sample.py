@@ -1,0 +1,82 @@
+"""Images of given classes from a workdir."""
+
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from absl import flags
+
+from enat_jax.cli import host_flags
+from enat_jax.errors import UserError
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the verb's flags."""
+    flags.DEFINE_string("workdir", None, "a run, or its checkpoints", values, required=True)
+    flags.DEFINE_string("out", None, "a .png, a folder, or a .npz", values, required=True)
+    flags.DEFINE_enum("format", "grid", ["grid", "png", "npz", "tokens"],
+                      "a labelled grid, single PNGs, the ADM suite's npz, or token ids",
+                      values)  # fmt: skip
+    flags.DEFINE_list("classes", [], "class ids, such as 3,7; all by default", values)
+    flags.DEFINE_integer("per_class", 10, "images of each class", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the noise", 0, 2**32 - 1, flag_values=values)
+    flags.DEFINE_integer(
+        "step", None, "which checkpoint; the newest by default", flag_values=values
+    )
+    host_flags.define(values)
+
+
+def run(args: flags.FlagValues, overrides: list[str]) -> int:
+    """Does the job; returns the exit code."""
+    host_flags.connect(args)
+    import numpy as np
+
+    from enat_jax.config import override_config
+    from enat_jax.data.batches import pictures as images
+    from enat_jax.parallel.compilation_cache import keep_compiled_programs
+    from enat_jax.parallel.hosts import speaks
+    from enat_jax.sampling.sampler import load
+
+    keep_compiled_programs()
+    sampler = load(
+        args.workdir, step=args.step, overrides=lambda fields: override_config(fields, overrides)
+    )
+    try:
+        classes = [int(text) for text in args.classes]
+    except ValueError as error:
+        raise UserError(f"--classes={','.join(args.classes)}: {error}") from error
+    wanted = np.repeat(classes or np.arange(sampler.config.model.num_classes), args.per_class)
+    out = pathlib.Path(args.out)
+    if args.format in ("npz", "tokens") and out.suffix != ".npz":
+        raise UserError(f"--out={out} must end in .npz for --format={args.format}")
+    make = sampler.token_batches if args.format == "tokens" else sampler.image_batches
+    batches = make(wanted, seed=args.seed)
+    if not speaks():  # the work is shared, the writing is not
+        for _ in batches:
+            pass
+        return 0
+    print(sampler.describe())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    batches = _watched(batches, len(wanted))
+    if args.format == "tokens":
+        np.savez(out, token_ids=np.concatenate(list(batches)), class_ids=wanted)
+    elif args.format == "grid":
+        names = [*sampler.class_names, "any"]
+        grid = images.image_grid(np.concatenate(list(batches)), [names[c] for c in wanted])
+        images.write_png(out, grid)
+    elif args.format == "png":
+        images.write_pngs(out, batches, wanted)
+    else:
+        images.write_npz(out, batches, wanted)
+    print(f"wrote {len(wanted)} images to {out}")
+    return 0
+
+
+def _watched(batches: Iterable[Any], total: int) -> Iterator[Any]:
+    """Passes batches on under a progress bar."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="image", disable=None) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

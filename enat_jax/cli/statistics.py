@@ -1,0 +1,38 @@
+"""Real images' statistics, for FID."""
+
+from absl import flags
+
+from enat_jax.cli import host_flags
+from enat_jax.errors import UserError
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the verb's flags."""
+    flags.DEFINE_string("config", None, "the config file", values, required=True)
+    flags.DEFINE_string("out", None, "the .npz to write", values, required=True)
+    flags.DEFINE_integer(
+        "size", None, "pixels per side; the config's by default", lower_bound=1, flag_values=values
+    )
+    host_flags.define(values)
+
+
+def run(args: flags.FlagValues, overrides: list[str]) -> int:
+    """Does the job; returns the exit code."""
+    host_flags.connect(args)
+    from enat_jax.checkpoints.tokenizer import load_tokenizer
+    from enat_jax.config import load_config
+    from enat_jax.evaluation.statistics import reference_statistics
+    from enat_jax.parallel.compilation_cache import keep_compiled_programs
+    from enat_jax.parallel.placement import make_mesh
+
+    keep_compiled_programs()
+    config = load_config(args.config, overrides)
+    size = args.size
+    if size is None:
+        tokenizer = load_tokenizer(config.tokenizer, config.model.codebook_size)
+        if tokenizer is None:
+            raise UserError("tokenizer.name = 'none' does not tell the images' size: give --size")
+        size = config.tokenizer.grid[0] * tokenizer.patch
+    mesh = make_mesh(config.mesh)
+    reference_statistics(config.images, config.evaluate, args.out, size=size, mesh=mesh)
+    return 0

@@ -1,0 +1,47 @@
+"""Images to token records with a tokenizer."""
+
+from absl import flags
+
+from enat_jax.cli import host_flags
+from enat_jax.errors import UserError
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the verb's flags."""
+    flags.DEFINE_string("config", None, "the config file", values, required=True)
+    flags.DEFINE_integer("batch_size", 16, "images per device", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("check", None, "a .png: decode some of the records into it", values)
+    host_flags.define(values)
+
+
+def run(args: flags.FlagValues, overrides: list[str]) -> int:
+    """Does the job; returns the exit code."""
+    host_flags.connect(args)
+    from enat_jax.checkpoints.tokenizer import load_tokenizer
+    from enat_jax.config import load_config
+    from enat_jax.data.check_records import check_records
+    from enat_jax.data.tokenize import tokenize
+    from enat_jax.parallel.compilation_cache import keep_compiled_programs
+    from enat_jax.parallel.hosts import speaker, speaks
+    from enat_jax.parallel.placement import batch_shards, make_mesh
+
+    keep_compiled_programs()
+    config = load_config(args.config, overrides)
+    mesh = make_mesh(config.mesh).local_mesh  # each host works on images of its own
+    tokenizer = load_tokenizer(config.tokenizer, config.model.codebook_size, mesh)
+    if tokenizer is None:
+        raise UserError("config: tokenizer.name = 'none' makes no tokens")
+    tokenize(
+        config.images,
+        tokenizer,
+        config.data.name,
+        config.data.data_dir,
+        grid=config.tokenizer.grid,
+        batch_size=args.batch_size * batch_shards(mesh),
+        mesh=mesh,
+        say=speaker(print),
+    )
+    if args.check and speaks():
+        check_records(config.data, tokenizer, args.check)
+        print(f"decoded some of the records into {args.check}")
+    return 0

@@ -1,0 +1,1 @@
+"""The method: plans, strategy, orders and the generation loop, on arrays and integers alone."""

@@ -1,0 +1,334 @@
+"""The generation loop: reveals an image's tokens step by step under a strategy."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from jaxtyping import Array, Float, Int
+
+from enat_jax.core.plans import Bucket, Plan, generation_plans, group_into_buckets
+from enat_jax.core.strategy import GenerationStrategy
+
+Noise = Callable[
+    [Int[Array, ""], Int[Array, "b m"]], tuple[Float[Array, "b m v"], Float[Array, "b m"]]
+]
+"""(step, positions) -> standard Gumbel noise on the logits and on the confidence there."""
+
+
+@runtime_checkable
+class Network(Protocol):
+    """What the loop asks of a network; every leaf of its state has the batch as its first axis."""
+
+    def condition(self, class_ids: Int[Array, " b"]) -> Any:
+        """What the class contributes, the same at every step."""
+        ...
+
+    def initial_state(self, batch: int, capacity: int) -> Any:
+        """State carried from step to step, with room for `capacity` revealed tokens."""
+        ...
+
+    def predict(
+        self,
+        condition: Any,
+        state: Any,
+        token_ids: Int[Array, "b n"],
+        positions: Int[Array, "b n"],
+        masked_positions: Int[Array, "b m"],
+        shape: Plan,
+        counts: Plan | None,
+    ) -> tuple[Float[Array, "b m v"], Any]:
+        """Logits of the masked tokens and the next state."""
+        ...
+
+
+class TracedStrategy(NamedTuple):
+    """A strategy's numbers as the loop reads them: traced, `[t]` each.
+
+    Changing them never recompiles, as long as the counts fit the layout's shapes.
+    """
+
+    step: Int[Array, " t"]
+    previous: Int[Array, " t"]
+    new: Int[Array, " t"]
+    masked: Int[Array, " t"]
+    revealed: Int[Array, " t"]  # tokens that this step reveals
+    choice_temperature: Float[Array, " t"]
+    sampling_temperature: Float[Array, " t"]
+    guidance_scale: Float[Array, " t"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static side of a strategy: image length and the buckets of its steps."""
+
+    length: int
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def steps(self) -> int:
+        """Number of network calls."""
+        return sum(len(bucket.plans) for bucket in self.buckets)
+
+
+def plan_generation(
+    strategy: GenerationStrategy,
+    length: int,
+    cost: Callable[[Plan], float],
+    *,
+    reuse: bool = True,
+    reads_masked: bool = False,
+    buckets: int | None = None,
+    max_padding: float = 0.15,
+) -> tuple[Layout, TracedStrategy]:
+    """Splits a strategy into what is compiled and what is traced.
+
+    The unconditional branch is left out of a step without guidance if no later step reads the
+    features it would have produced there.
+
+    Args:
+        strategy: the strategy.
+        length: tokens per image.
+        cost: FLOPs of one branch at a plan.
+        reuse: whether a step reads features of earlier ones.
+        reads_masked: whether it also reads those of tokens that were masked.
+        buckets: number of compiled bodies, see `plans.group_into_buckets`.
+        max_padding: most extra FLOPs of the automatic choice.
+
+    Raises:
+        ValueError: a strategy that does not fit the length.
+    """
+    plans = generation_plans(strategy.masked_counts(length), length, reuse=reuse)
+    guided = guided_steps(plans, strategy.guidance_scale, reads_masked=reuse and reads_masked)
+    layout = Layout(
+        length, group_into_buckets(plans, guided, cost, buckets=buckets, max_padding=max_padding)
+    )
+    return layout, trace_strategy(strategy, plans)
+
+
+def guided_steps(
+    plans: Sequence[Plan],
+    guidance_scale: Sequence[float] | np.ndarray,
+    *,
+    reads_masked: bool = False,
+) -> list[bool]:
+    """Per step, whether the unconditional branch has to run."""
+    guided = []
+    read_later = False  # whether a later step reads the unconditional branch's features
+    for plan, scale in zip(reversed(plans), reversed(guidance_scale), strict=True):
+        runs = scale != 0 or (read_later and (reads_masked or plan.previous + plan.new > 0))
+        guided.append(bool(runs))
+        reads = plan.previous > 0 or (reads_masked and plan.new > 0)
+        read_later = read_later or (runs and reads)
+    return guided[::-1]
+
+
+def trace_strategy(strategy: GenerationStrategy, plans: Sequence[Plan]) -> TracedStrategy:
+    """A strategy's traced numbers for given plans."""
+    previous, new, masked = (jnp.array(counts, jnp.int32) for counts in zip(*plans, strict=True))
+    return TracedStrategy(
+        step=jnp.arange(len(plans)),
+        previous=previous,
+        new=new,
+        masked=masked,
+        revealed=masked - jnp.append(masked[1:], 0),
+        choice_temperature=jnp.asarray(strategy.choice_temperature, jnp.float32),
+        sampling_temperature=jnp.asarray(strategy.sampling_temperature, jnp.float32),
+        guidance_scale=jnp.asarray(strategy.guidance_scale, jnp.float32),
+    )
+
+
+def image_noise(key: jax.Array, image_ids: Int[Array, " b"], codebook_size: int) -> Noise:
+    """Noise that belongs to (key, image, step, position), whatever is computed beside it."""
+    image_keys = jax.vmap(lambda image: jax.random.fold_in(key, image))(image_ids)
+
+    def noise(
+        step: Int[Array, ""], positions: Int[Array, "b m"]
+    ) -> tuple[Float[Array, "b m v"], Float[Array, "b m"]]:
+        def at(image_key: jax.Array, position: Int[Array, ""]) -> Float[Array, " w"]:
+            step_key = jax.random.fold_in(image_key, step)
+            position_key = jax.random.fold_in(step_key, position)
+            return jax.random.gumbel(position_key, (codebook_size + 1,))
+
+        both = jax.vmap(jax.vmap(at, in_axes=(None, 0)))(image_keys, positions)
+        return both[..., :-1], both[..., -1]
+
+    return noise
+
+
+class State(NamedTuple):
+    """What one step hands to the next.
+
+    Attributes:
+        order: positions in the order they were revealed, then the masked ones, then padding.
+        token_ids: the id at `order`; meaningless at masked positions.
+        features: the network's state, both branches of an image side by side in the batch.
+    """
+
+    order: Int[Array, "b l"]
+    token_ids: Int[Array, "b l"]
+    features: Any
+
+
+class StepRecord(NamedTuple):
+    """What one step decided, in the order in which the step saw the masked tokens.
+
+    Attributes:
+        positions: masked positions, `[b m]`; padding beyond the step's masked count.
+        logits: guided log-probabilities there, float32.
+        conditional: logits of the conditional branch.
+        unconditional: logits of the unconditional branch, or the conditional's where not run.
+        sampled_ids: the sampled tokens.
+        confidence: what positions are ranked by.
+        order: the order after the step.
+    """
+
+    positions: Int[Array, "b m"]
+    logits: Float[Array, "b m v"]
+    conditional: Float[Array, "b m v"]
+    unconditional: Float[Array, "b m v"]
+    sampled_ids: Int[Array, "b m"]
+    confidence: Float[Array, "b m"]
+    order: Int[Array, "b l"]
+
+
+def generate(
+    network: Network,
+    class_ids: Int[Array, " b"],
+    strategy: TracedStrategy,
+    noise: Noise,
+    *,
+    layout: Layout,
+    null_class_id: int,
+    record: bool = False,
+) -> tuple[Int[Array, "b l"], list[StepRecord]]:
+    """Generates the token ids of images, in raster order.
+
+    Args:
+        network: ENAT, or anything that answers the same calls.
+        class_ids: the images' classes.
+        strategy: the strategy's traced numbers.
+        noise: standard Gumbel noise per step and position.
+        layout: the strategy's static shapes.
+        null_class_id: class of the unconditional branch.
+        record: also return what every step decided.
+
+    Returns:
+        Token ids, and per bucket its steps' records stacked (empty unless `record`).
+    """
+    batch = class_ids.shape[0]
+    branches = 2 if any(bucket.guided for bucket in layout.buckets) else 1
+    both = jnp.stack([class_ids, jnp.full_like(class_ids, null_class_id)][:branches], axis=1)
+    condition = network.condition(rearrange(both, "b r -> (b r)"))
+
+    reach = [(p.previous, bucket.shape) for bucket in layout.buckets for p in bucket.plans]
+    capacity = 0
+    if any(shape.previous for _, shape in reach):
+        capacity = max(max(before + shape.new, shape.previous) for before, shape in reach)
+    room = max(layout.length, *(before + s.new + s.masked for before, s in reach))
+    order = jnp.minimum(jnp.arange(room), layout.length - 1)
+    state = State(
+        order=repeat(order, "l -> b l", b=batch),
+        token_ids=jnp.zeros((batch, room), jnp.int32),
+        features=network.initial_state(branches * batch, capacity),
+    )
+
+    records = []
+    first = 0
+    for bucket in layout.buckets:
+        steps = jax.tree.map(lambda x, a=first, b=bucket: x[a : a + len(b.plans)], strategy)
+        first += len(bucket.plans)
+
+        def body(
+            state: State, step: TracedStrategy, bucket: Bucket = bucket
+        ) -> tuple[State, StepRecord | None]:
+            return _step(network, condition, state, step, noise, bucket, branches, record)
+
+        if len(bucket.plans) == 1:
+            state, recorded = body(state, jax.tree.map(lambda x: x[0], steps))
+            recorded = jax.tree.map(lambda x: x[None], recorded)
+        else:
+            state, recorded = jax.lax.scan(body, state, steps)
+        if recorded is not None:
+            records.append(recorded)
+
+    where = jnp.argsort(state.order[:, : layout.length], axis=1)
+    return jnp.take_along_axis(state.token_ids, where, axis=1), records
+
+
+def _step(
+    network: Network,
+    condition: Any,
+    state: State,
+    step: TracedStrategy,
+    noise: Noise,
+    bucket: Bucket,
+    branches: int,
+    record: bool,
+) -> tuple[State, StepRecord | None]:
+    """Predicts the masked tokens, samples them, and reveals the most confident ones."""
+    shape = bucket.shape
+    counts: Any = None if bucket.exact else Plan(*cast(Any, (step.previous, step.new, step.masked)))
+    start = shape if counts is None else counts  # where the new and the masked tokens begin
+    visible = start.previous + start.new
+
+    def take(x: Array, begin: Any, size: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
+
+    new = [take(x, start.previous, shape.new) for x in (state.token_ids, state.order)]
+    positions = take(state.order, visible, shape.masked)
+
+    running = 2 if bucket.guided else 1
+    token_ids, new_positions, masked_positions = (
+        jnp.repeat(x, running, axis=0) for x in (*new, positions)
+    )
+    branch = _select_branches(branches, running)
+    logits, features = network.predict(
+        jax.tree.map(branch, condition),
+        jax.tree.map(branch, state.features),
+        token_ids,
+        new_positions,
+        masked_positions,
+        shape,
+        counts,
+    )
+    if running < branches:  # the unconditional branch had nothing to add to its features
+        features = jax.tree.map(lambda old, x: old.at[::branches].set(x), state.features, features)
+    state = state._replace(features=features)
+
+    logits = rearrange(logits, "(b r) m v -> r b m v", r=running)
+    conditional, unconditional = logits[0], logits[-1]
+    if bucket.guided:
+        guided = conditional + step.guidance_scale * (conditional - unconditional)
+    else:
+        guided = conditional
+    log_probs = jax.nn.log_softmax(guided, axis=-1)
+    token_noise, choice_noise = noise(step.step, positions)
+    sampled = jnp.argmax(log_probs / step.sampling_temperature + token_noise, axis=-1)
+    sampled = sampled.astype(jnp.int32)
+    confidence = jnp.take_along_axis(log_probs, sampled[..., None], axis=-1)[..., 0]
+    confidence = confidence + step.choice_temperature * choice_noise
+    if counts is not None:  # padding ranks last
+        confidence = jnp.where(jnp.arange(shape.masked) < counts.masked, confidence, -jnp.inf)
+
+    _, ranked, ranked_ids = jax.lax.sort((-confidence, positions, sampled), num_keys=1)
+    put = jax.lax.dynamic_update_slice_in_dim
+    state = state._replace(
+        order=put(state.order, ranked, visible, axis=1),
+        token_ids=put(state.token_ids, ranked_ids, visible, axis=1),
+    )
+    if not record:
+        return state, None
+    return state, StepRecord(
+        positions, log_probs, conditional, unconditional, sampled, confidence, state.order
+    )
+
+
+def _select_branches(branches: int, running: int) -> Callable[[Array], Array]:
+    """Keeps the conditional rows of a batch that holds both branches, where only they run."""
+    if branches == running:
+        return lambda x: x
+    return lambda x: x[::branches]

@@ -1,0 +1,1 @@
+"""Images and token records, from files to batches."""

@@ -1,0 +1,101 @@
+"""Images on disk: labelled grids, single PNGs, and the ADM suite's `.npz`."""
+
+import itertools
+import math
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from enat_jax.files import written_whole
+
+_SMALLEST_CELL = 64  # smaller images are enlarged in a grid, pixel by pixel
+_GAP = 4
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "b y x 3"], labels: Sequence[str], *, columns: int | None = None
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Arranges images in rows; a label stands above the first image of each run of equal labels.
+
+    Args:
+        images: at least one image.
+        labels: one per image.
+        columns: images per row; by default a row per label where all labels are equally frequent,
+            else a square.
+    """
+    count, height, width, _ = images.shape
+    per_row = columns or _columns(labels)
+    zoom = max(1, -(-_SMALLEST_CELL // min(height, width)))
+    font = ImageFont.load_default(size=12)
+    cell_y, cell_x, text = height * zoom + _GAP, width * zoom + _GAP, 18
+    rows = -(-count // per_row)
+    sheet = Image.new("RGB", (per_row * cell_x + _GAP, rows * (cell_y + text)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        row, column = index // per_row, index % per_row
+        x, y = _GAP + column * cell_x, row * (cell_y + text)
+        if column == 0 or labels[index - 1] != label:
+            draw.text((x, y + 2), label, fill="black", font=font)
+        tile = Image.fromarray(image).resize(
+            (width * zoom, height * zoom), Image.Resampling.NEAREST
+        )
+        sheet.paste(tile, (x, y + text))
+    return np.asarray(sheet)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    runs = 1 + sum(a != b for a, b in itertools.pairwise(labels))
+    per_run = len(labels) // runs if len(labels) % runs == 0 else 1
+    return per_run if per_run > 1 else math.ceil(len(labels) ** 0.5)
+
+
+def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "y x 3"]) -> None:
+    """Writes one image."""
+    Image.fromarray(image).save(path, format="PNG")
+
+
+def write_pngs(
+    folder: str | os.PathLike[str],
+    batches: Iterable[UInt8[np.ndarray, "_ y x 3"]],
+    class_ids: Int[np.ndarray, " b"],
+) -> None:
+    """Writes `00000_class_3.png` and so on into a folder, batch by batch."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    images = itertools.chain.from_iterable(batches)
+    for index, (image, label) in enumerate(zip(images, class_ids, strict=True)):
+        write_png(pathlib.Path(folder) / f"{index:05d}_class_{label}.png", image)
+
+
+def write_npz(
+    path: str | os.PathLike[str],
+    batches: Iterable[UInt8[np.ndarray, "_ y x 3"]],
+    class_ids: Int[np.ndarray, " b"],
+) -> None:
+    """Writes `arr_0` (uint8 NHWC) and `arr_1` (labels), as the ADM evaluation suite reads them.
+
+    One batch is held at a time; the file has its name only once it is whole.
+
+    Args:
+        path: ends in `.npz`.
+        batches: images of one size, as many in all as there are class ids.
+        class_ids: one per image.
+    """
+    count = 0
+    with written_whole(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for batch in batches:
+                if not count:
+                    shape = (len(class_ids), *batch.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(batch).data)
+                count += len(batch)
+        if count != len(class_ids):
+            raise ValueError(f"{count} images for {len(class_ids)} class ids")
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, np.asarray(class_ids))

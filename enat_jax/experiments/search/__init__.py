@@ -1,0 +1,1 @@
+"""AutoNAT's search of strategies."""

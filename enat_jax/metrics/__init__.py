@@ -1,1 +1,0 @@
-"""How good generated images are."""

@@ -1,1 +1,0 @@
-"""The photos data set: real images of two classes that any machine can prepare in seconds."""

@@ -1,0 +1,278 @@
+"""The program that makes a batch of images, described by shapes alone."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PyTree, Shaped
+
+from enat_jax.config import Config
+from enat_jax.core.generate import Layout, TracedStrategy, generate, image_noise, plan_generation
+from enat_jax.core.strategy import GenerationStrategy, make_strategy
+from enat_jax.errors import UserError
+from enat_jax.models.flops import step_flops
+from enat_jax.models.layers import cast_kernels
+from enat_jax.models.networks import Network, NetworkConfig, make_network
+from enat_jax.parallel.chunks import map_in_chunks
+from enat_jax.parallel.placement import (
+    batch_sharding,
+    batch_shards,
+    check_heads,
+    constrain_activations,
+    gather_weights,
+    place_block,
+    place_parts,
+    put,
+    replicated,
+)
+from enat_jax.tokenizers.levels import as_uint8
+from enat_jax.tokenizers.protocol import Tokenizer
+
+Layers = Literal["auto", "stacked", "unstacked"]
+Output = Literal["token_ids", "floats", "uint8"]
+
+
+class SampleError(UserError):
+    """Something asked of a model that it cannot give; one line."""
+
+
+def abstract_params(cfg: NetworkConfig) -> tuple[Any, nnx.State]:
+    """The network's structure and the shapes of its parameters, without any memory."""
+    return nnx.split(nnx.eval_shape(lambda: make_network(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+def placed_params(config: Config, mesh: Mesh) -> nnx.State:
+    """The shapes of the network's parameters, and where each lies on a mesh."""
+    return _placed(abstract_params(config.model)[1], config, mesh)
+
+
+class GenerationProgram:
+    """What a sampler runs, and where on a mesh everything lies that it is given.
+
+    Nothing is allocated: the mesh's devices need not be there, and the tokenizer's weights may be
+    shapes (`tokenizer.abstract_tokenizer`).
+
+    Args:
+        config: the experiment's config.
+        mesh: devices to generate on, of any number of hosts.
+        tokenizer: turns token ids into images; None where none are asked for.
+        layers: `unstacked` gives every block arrays of its own, so that no step copies a layer's
+            weights out of a stack: 1.5 times faster on CPU, but slower to compile. `auto` does
+            so on CPU only.
+
+    Raises:
+        UserError: attention heads that do not divide over the mesh.
+
+    Attributes:
+        run: the jitted function of what `arguments` describes; `layout` and `output` are given by
+            name. It returns token ids or images, split over the devices by image.
+        decode: the jitted second half of it: images of the tokenizer's weights and token ids
+            `[b n]`; `output` is given by name.
+        stored: shapes of the network's parameters as a checkpoint has them, placed.
+        params: the same as `run` takes them, see `prepare`.
+        decode_batch_size: images that a device decodes at a time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        tokenizer: Tokenizer | None,
+        *,
+        layers: Layers = "auto",
+    ):
+        check_heads(mesh, config.model.num_heads)
+        self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.decode_batch_size = config.sample.decode_batch_size or (1 if on_cpu else 8)
+        self._unstacked = layers == "unstacked" or (layers == "auto" and on_cpu)
+        self.stored = placed_params(config, mesh)
+        self.params = _placed(jax.eval_shape(self._prepare, self.stored), config, mesh)
+        self._graphdef = nnx.split(nnx.eval_shape(self._network), nnx.Param)[0]
+        self.run = jax.jit(
+            self._run,
+            static_argnames=("layout", "output"),
+            out_shardings=batch_sharding(mesh),
+        )
+        self.decode = jax.jit(
+            self._images, static_argnames="output", out_shardings=batch_sharding(mesh)
+        )
+        self._prepared = jax.jit(
+            self._prepare, out_shardings=jax.tree.map(lambda x: x.sharding, self.params)
+        )
+
+    def prepare(self, params: nnx.State) -> nnx.State:
+        """Parameters as `run` takes them, from ones that every host has or that lie on the mesh.
+
+        Operands of matrix products are cast once, not at every step.
+        """
+
+        def on_mesh(x: Any, described: Any) -> Any:
+            there = isinstance(x, jax.Array) and not x.is_fully_addressable
+            return x if there else put(x, described.sharding)
+
+        return self._prepared(jax.tree.map(on_mesh, params, self.stored))
+
+    def strategy(self, **changes: Any) -> GenerationStrategy:
+        """The config's strategy, step by step, with some fields changed.
+
+        Raises:
+            SampleError: an unknown field or one out of range.
+        """
+        try:
+            changed = dataclasses.replace(self.config.strategy, **changes)
+            return make_strategy(changed, self.config.model.length)
+        except (TypeError, ValueError) as error:
+            raise SampleError(str(error)) from error
+
+    def plan(self, **strategy: Any) -> tuple[Layout, TracedStrategy]:
+        """What is compiled and what is traced for the config's strategy with some fields changed.
+
+        Raises:
+            SampleError: an unknown field or one out of range.
+        """
+        reuse = strategy.get("reuse", self.config.strategy.reuse)
+        return self.plan_steps(self.strategy(**strategy), reuse=reuse)
+
+    def plan_steps(
+        self, by_step: GenerationStrategy, *, reuse: bool
+    ) -> tuple[Layout, TracedStrategy]:
+        """The same for any strategy, given step by step.
+
+        Args:
+            by_step: the strategy.
+            reuse: whether steps read what earlier ones computed, if the network carries it.
+
+        Raises:
+            SampleError: a strategy that does not fit the network's length.
+        """
+        cfg = self.config
+        try:
+            return plan_generation(
+                by_step,
+                cfg.model.length,
+                lambda plan: step_flops(cfg.model, plan),
+                reuse=cfg.model.carries_features and reuse,
+                reads_masked=cfg.model.carries_masked_features,
+                buckets=cfg.sample.buckets or None,
+                max_padding=cfg.sample.max_padding,
+            )
+        except ValueError as error:
+            raise SampleError(str(error)) from error
+
+    def batch_size(self, images: int | None = None) -> int:
+        """Images in a call, of so many in all: a multiple of what the devices share a batch by."""
+        size = self.config.sample.batch_size
+        shards = batch_shards(self.mesh)
+        return -(-min(size, images or size) // shards) * shards
+
+    def arguments(
+        self, traced: TracedStrategy, *, output: Output, batch_size: int | None = None
+    ) -> tuple[Any, ...]:
+        """Shapes and shardings of what `run` is given.
+
+        Args:
+            traced: the strategy's numbers, from `plan`.
+            output: what is asked for; token ids need no tokenizer's weights.
+            batch_size: images in the call; `self.batch_size()` by default.
+
+        Returns:
+            The network's parameters, the tokenizer's, class ids `[b]`, image ids `[b]`, the
+            strategy's numbers and the key.
+        """
+        ids = jax.ShapeDtypeStruct(
+            (batch_size or self.batch_size(),), jnp.int32, sharding=batch_sharding(self.mesh)
+        )
+        small = (traced, jax.eval_shape(lambda: jax.random.key(0)))
+        decoder = self.tokenizer.params if self.tokenizer and output != "token_ids" else ()
+        return (
+            self.params,
+            _shapes(decoder, replicated(self.mesh)),
+            ids,
+            ids,
+            *_shapes(small, replicated(self.mesh)),
+        )
+
+    def lower(
+        self, *, output: Output, batch_size: int | None = None, **strategy: Any
+    ) -> jax.stages.Lowered:
+        """The program of a batch, ready to be compiled for the mesh's devices.
+
+        Args:
+            output: what it is to return.
+            batch_size: images in the call; `self.batch_size()` by default.
+            strategy: fields of the config's strategy to change, such as `steps`.
+
+        Raises:
+            SampleError: a strategy that cannot be.
+        """
+        layout, traced = self.plan(**strategy)
+        arguments = self.arguments(traced, output=output, batch_size=batch_size)
+        return self.run.lower(*arguments, layout=layout, output=output)
+
+    def _network(self) -> Network:
+        placement = self.config.mesh.placement
+        model = make_network(
+            self.config.model,
+            rngs=nnx.Rngs(0),
+            constrain=constrain_activations(self.mesh, placement),
+            place_block=place_block(self.mesh, placement),
+        )
+        return model.unstacked() if self._unstacked else model
+
+    def _prepare(self, params: nnx.State) -> nnx.State:
+        params = cast_kernels(params, jnp.dtype(self.config.model.dtype))
+        if not self._unstacked:
+            return params
+        network = nnx.merge(abstract_params(self.config.model)[0], params)
+        return nnx.split(network.unstacked(), nnx.Param)[1]
+
+    def _run(
+        self,
+        params: nnx.State,
+        decoder: PyTree,
+        class_ids: Int[Array, " b"],
+        image_ids: Int[Array, " b"],
+        strategy: TracedStrategy,
+        key: jax.Array,
+        *,
+        layout: Layout,
+        output: Output,
+    ) -> Array:
+        params = gather_weights(self.mesh, self.config.mesh.placement)(params)
+        model = nnx.merge(self._graphdef, params)
+        noise = image_noise(key, image_ids, model.cfg.codebook_size)
+        token_ids, _ = generate(
+            model, class_ids, strategy, noise, layout=layout, null_class_id=model.cfg.null_class_id
+        )
+        return token_ids if output == "token_ids" else self._images(decoder, token_ids, output)
+
+    def _images(
+        self, decoder: PyTree, token_ids: Int[Array, "b n"], output: Output
+    ) -> Shaped[Array, "b y x 3"]:
+        """Decodes a batch, a few images of each device at a time."""
+        if self.tokenizer is None:
+            raise SampleError("tokenizer.name is 'none': this model gives token ids, not images")
+        decode, grid = self.tokenizer.decode, self.config.tokenizer.grid
+
+        def images(ids: Int[Array, "b n"]) -> Shaped[Array, "b y x 3"]:
+            floats = decode(decoder, ids, grid)
+            return as_uint8(floats) if output == "uint8" else floats
+
+        return map_in_chunks(images, token_ids, self.mesh, self.decode_batch_size)
+
+
+def _placed(abstract: nnx.State, config: Config, mesh: Mesh) -> nnx.State:
+    where = place_parts({"params": abstract}, mesh, config.mesh.placement)["params"]
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        where,
+    )
+
+
+def _shapes(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

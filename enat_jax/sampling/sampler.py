@@ -1,0 +1,257 @@
+"""From a checkpoint to pictures: what `enat_jax.load` returns."""
+
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, UInt8
+
+from enat_jax.checkpoints.store import CheckpointError, Checkpoints
+from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_tokenizer
+from enat_jax.config import Config, config_from_dict
+from enat_jax.core.generate import Layout, TracedStrategy
+from enat_jax.core.plans import padding
+from enat_jax.core.strategy import GenerationStrategy
+from enat_jax.models.flops import generation_flops, step_flops
+from enat_jax.parallel.gather import gathered
+from enat_jax.parallel.placement import batch_sharding, make_mesh, put, replicated
+from enat_jax.sampling.program import (
+    GenerationProgram,
+    Layers,
+    Output,
+    SampleError,
+    placed_params,
+)
+from enat_jax.tokenizers.protocol import Tokenizer
+
+
+class Sampler:
+    """A network ready to generate.
+
+    Args:
+        config: the experiment's config.
+        params: the network's parameters, usually the moving average.
+        class_names: names of the classes; their numbers by default.
+        tokenizer: turns token ids into images; loaded as the config says by default.
+        mesh: devices to generate on, of any number of hosts; by default as the config says. All
+            hosts then make a sampler of the same things, and ask it for the same images together.
+        layers: as `GenerationProgram`'s.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        params: nnx.State,
+        *,
+        class_names: Sequence[str] | None = None,
+        tokenizer: Tokenizer | None = None,
+        mesh: Mesh | None = None,
+        layers: Layers = "auto",
+    ):
+        self.config = config
+        self.class_names = list(class_names or map(str, range(config.model.num_classes)))
+        self.mesh = mesh or make_mesh(config.mesh)
+        self.tokenizer = tokenizer or load_tokenizer(
+            config.tokenizer, config.model.codebook_size, self.mesh
+        )
+        self.program = GenerationProgram(config, self.mesh, self.tokenizer, layers=layers)
+        self.decode_batch_size = self.program.decode_batch_size
+        self.generate_batch = self.program.run
+        self.update(params)
+
+    def update(self, params: nnx.State) -> None:
+        """Takes other parameters of the same network: of this host, or on the mesh already."""
+        self.params = self.program.prepare(params)
+
+    def strategy(self, **changes: Any) -> GenerationStrategy:
+        """As `GenerationProgram.strategy`."""
+        return self.program.strategy(**changes)
+
+    def plan(self, **strategy: Any) -> tuple[Layout, TracedStrategy]:
+        """As `GenerationProgram.plan`."""
+        return self.program.plan(**strategy)
+
+    def describe(self, **strategy: Any) -> str:
+        """One line on the plan: steps, buckets, FLOPs per image and what padding adds to them."""
+        layout, _ = self.plan(**strategy)
+        exact, padded = (
+            generation_flops(self.config.model, layout.buckets, padded=padded)
+            for padded in (False, True)
+        )
+        extra = padding(layout.buckets, lambda plan: step_flops(self.config.model, plan))
+        return (
+            f"{layout.steps} steps in {len(layout.buckets)} compiled bodies,"
+            f" {padded / 1e9:.4g} GFLOP per image"
+            f" ({exact / 1e9:.4g} without padding, which adds {100 * extra:.1f}%)"
+        )
+
+    def batches(
+        self,
+        class_ids: Sequence[int] | np.ndarray,
+        *,
+        output: Output,
+        seed: int = 0,
+        first: int = 0,
+        **strategy: Any,
+    ) -> Iterator[tuple[int, Array]]:
+        """Generates on the devices, batch by batch; image i depends on seed, i and its class alone.
+
+        Args:
+            class_ids: one class per image, in [0, num_classes]; num_classes is "any class".
+            output: token ids `[b n]`, images in [0, 1] as they come from the decoder
+                `[b y x 3]`, or those rounded to 256 levels.
+            seed: of the noise.
+            first: index of the first image to make; those before it were made already.
+            strategy: fields of the config's strategy to change, such as `steps`.
+
+        Yields:
+            The number of images that count, and the batch: all batches are of one size, the last
+            filled up.
+
+        Raises:
+            SampleError: no images, a class id out of range, a strategy that cannot be, or images
+                asked of a model without a tokenizer.
+        """
+        if self.tokenizer is None and output != "token_ids":
+            raise SampleError("tokenizer.name is 'none': this model gives token ids, not images")
+        classes = self._checked(class_ids)
+        layout, traced = self.plan(**strategy)
+        size = self.program.batch_size(len(classes))
+        by_image = batch_sharding(self.mesh)
+        traced, key = put((traced, jax.random.key(seed)), replicated(self.mesh))
+        decoder = self.tokenizer.params if self.tokenizer and output != "token_ids" else ()
+        for start in range(first, len(classes), size):
+            ids = np.arange(start, start + size)
+            batch = classes[np.minimum(ids, len(classes) - 1)]  # the last one is filled up
+            made = self.generate_batch(
+                self.params,
+                decoder,
+                put(batch, by_image),
+                put(ids.astype(np.int32), by_image),
+                traced,
+                key,
+                layout=layout,
+                output=output,
+            )
+            yield min(size, len(classes) - start), made
+
+    def token_batches(
+        self, class_ids: Sequence[int] | np.ndarray, *, seed: int = 0, **strategy: Any
+    ) -> Iterator[Int[np.ndarray, "b n"]]:
+        """Generates token ids, batch by batch, on every host; arguments as in `batches`."""
+        for count, tokens in self.batches(class_ids, output="token_ids", seed=seed, **strategy):
+            yield gathered(tokens)[:count]
+
+    def image_batches(
+        self, class_ids: Sequence[int] | np.ndarray, *, seed: int = 0, **strategy: Any
+    ) -> Iterator[UInt8[np.ndarray, "b y x 3"]]:
+        """Generates images, batch by batch, on every host; arguments as in `batches`."""
+        for count, images in self.batches(class_ids, output="uint8", seed=seed, **strategy):
+            yield gathered(images)[:count]
+
+    def sample(
+        self, class_ids: Sequence[int] | np.ndarray, *, seed: int = 0, **strategy: Any
+    ) -> UInt8[np.ndarray, "b y x 3"]:
+        """Generates images, all on every host; arguments and errors as in `batches`."""
+        return np.concatenate(list(self.image_batches(class_ids, seed=seed, **strategy)))
+
+    def _checked(self, class_ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " b"]:
+        classes = np.asarray(class_ids)
+        limit = self.config.model.num_classes
+        if classes.ndim != 1 or not classes.size or not np.issubdtype(classes.dtype, np.integer):
+            raise SampleError(f"class_ids must be a list of whole numbers, not {class_ids!r}")
+        wrong = sorted({int(c) for c in classes if not 0 <= c <= limit})
+        if wrong:
+            raise SampleError(
+                f"class ids {wrong} are out of range: 0 to {limit - 1}, or {limit} for any class"
+            )
+        return classes.astype(np.int32)
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds for sampling."""
+
+    config: Config
+    ema: nnx.State
+    step: int
+    class_names: Sequence[str] | None
+    tokenizer_digest: str
+
+
+def restore(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    overrides: Callable[[dict[str, Any]], Config] = config_from_dict,
+    mesh: Mesh | None = None,
+    warn: Callable[[str], object] = print,
+) -> Restored:
+    """Reads a run's moving average; arguments and errors as in `load`."""
+    folder = pathlib.Path(path)
+    if (folder / CHECKPOINTS).is_dir():
+        folder = folder / CHECKPOINTS
+    checkpoints = Checkpoints(folder, read_only=True)
+    metadata = checkpoints.metadata(step, trees=["ema"])
+    if "config" not in metadata or "vqgan" in metadata:
+        raise CheckpointError(f"{folder} holds no checkpoint of an image generator")
+    # where it was trained does not say where it is used: the default mesh, unless overridden
+    config = overrides({**metadata["config"], "mesh": {}})
+    target = placed_params(config, mesh or make_mesh(config.mesh))
+    found = checkpoints.restore({"ema": target}, step=step, warn=warn)
+    assert found is not None  # its metadata were there
+    return Restored(
+        config=config,
+        ema=found[1]["ema"],
+        step=found[0],
+        class_names=metadata.get("class_names"),
+        tokenizer_digest=metadata.get("tokenizer_digest", ""),
+    )
+
+
+def sampler_of(restored: Restored, **options: Any) -> Sampler:
+    """A sampler of what `restore` read; options as `Sampler`'s.
+
+    Raises:
+        CheckpointError: the tokenizer is not the one whose tokens the model was trained on.
+    """
+    config, trained_on = restored.config, restored.tokenizer_digest
+    sampler = Sampler(config, restored.ema, class_names=restored.class_names, **options)
+    if sampler.tokenizer is not None and trained_on not in ("", sampler.tokenizer.digest):
+        raise CheckpointError(
+            f"tokenizer.weights = {config.tokenizer.weights!r} has digest"
+            f" {sampler.tokenizer.digest[:12]}, the model was trained on tokens of"
+            f" {trained_on[:12]}"
+        )
+    return sampler
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    overrides: Callable[[dict[str, Any]], Config] = config_from_dict,
+    warn: Callable[[str], object] = print,
+    mesh: Mesh | None = None,
+    layers: Layers = "auto",
+) -> Sampler:
+    """Loads a run's moving average.
+
+    Args:
+        path: a workdir, or the checkpoints folder in it.
+        step: which checkpoint; the newest readable one by default.
+        overrides: turns the stored config's fields into the config to use.
+        warn: called with one line per damaged checkpoint passed over.
+        mesh: as `Sampler`'s.
+        layers: as `Sampler`'s.
+
+    Raises:
+        CheckpointError: no readable checkpoint there, or one of another model, or the tokenizer
+            is not the one whose tokens the model was trained on.
+    """
+    restored = restore(path, step=step, overrides=overrides, mesh=mesh, warn=warn)
+    return sampler_of(restored, mesh=mesh, layers=layers)

@@ -1,1 +1,0 @@
-"""Search for generation strategies, and for the training that goes with them."""

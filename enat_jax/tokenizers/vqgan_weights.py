@@ -1,0 +1,193 @@
+"""The rule tables of VQGAN weights published for PyTorch (MAGE) and for Flax (MaskGIT).
+
+Both name the parameters of one network, PyTorch's being a port of Flax's. What is known of them:
+
+* MAGE's `vqgan_jax_strongaug.ckpt`. MAGE's and ENAT's `VQModel` load it with `strict=True` into an
+  encoder, a decoder and a codebook, from the entry `state_dict` where there is one: so it holds
+  these tensors and no others. Sizes are those of MAGE's `config/vqgan.yaml`.
+* MaskGIT's `tokenizer_imagenet256_checkpoint` and `tokenizer_imagenet512_checkpoint`. The names
+  follow from the order in which MaskGIT's `nets/vqgan_tokenizer.py` calls its layers, and public
+  converters to PyTorch read them so; the sizes from its configs, which know one VQGAN and change
+  only the image size from 256 to 512. Its inference hands the whole file to `Module.apply`, so the
+  top level is `params`. Beside `params` the file may hold what `apply` does not look at.
+
+The files themselves were not at hand: what they hold beyond this would be refused by name.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+
+from enat_jax.models.import_table import ConvertError, Rule
+from enat_jax.tokenizers.vqgan import VQGANConfig
+
+Layout = Literal["torch", "flax"]
+
+_CODEBOOKS: dict[str, Layout] = {
+    "quantize.embedding.weight": "torch",
+    "quantizer.codebook": "flax",
+}
+
+# our path, PyTorch name, Flax name; Flax numbers convolutions as they run, {last} the last
+TABLE = [
+    ("codebook", "quantize.embedding.weight", "quantizer.codebook"),
+    ("encoder.conv_in.kernel", "encoder.conv_in.weight", "encoder.Conv_0.kernel"),
+    ("encoder.norm_out.scale", "encoder.norm_out.weight", "encoder.GroupNorm_0.scale"),
+    ("encoder.norm_out.bias", "encoder.norm_out.bias", "encoder.GroupNorm_0.bias"),
+    ("encoder.conv_out.kernel", "encoder.conv_out.weight", "encoder.Conv_1.kernel"),
+    ("encoder.conv_out.bias", "encoder.conv_out.bias", "encoder.Conv_1.bias"),
+    ("decoder.conv_in.kernel", "decoder.conv_in.weight", "decoder.Conv_0.kernel"),
+    ("decoder.conv_in.bias", "decoder.conv_in.bias", "decoder.Conv_0.bias"),
+    ("decoder.norm_out.scale", "decoder.norm_out.weight", "decoder.GroupNorm_0.scale"),
+    ("decoder.norm_out.bias", "decoder.norm_out.bias", "decoder.GroupNorm_0.bias"),
+    ("decoder.conv_out.kernel", "decoder.conv_out.weight", "decoder.Conv_{last}.kernel"),
+    ("decoder.conv_out.bias", "decoder.conv_out.bias", "decoder.Conv_{last}.bias"),
+]
+
+# within a residual block
+BLOCK_TABLE = [
+    ("norm_in.scale", "norm1.weight", "GroupNorm_0.scale"),
+    ("norm_in.bias", "norm1.bias", "GroupNorm_0.bias"),
+    ("conv_in.kernel", "conv1.weight", "Conv_0.kernel"),
+    ("norm_out.scale", "norm2.weight", "GroupNorm_1.scale"),
+    ("norm_out.bias", "norm2.bias", "GroupNorm_1.bias"),
+    ("conv_out.kernel", "conv2.weight", "Conv_1.kernel"),
+]
+SHORTCUT = ("shortcut.kernel", "nin_shortcut.weight", "Conv_2.kernel")
+
+# within a level of the decoder but the one with the highest resolution: the convolution on the
+# way up, which PyTorch numbers by level and Flax by when it runs
+UPSAMPLE_TABLE = [
+    ("decoder.levels.{run}.upsample.kernel", "decoder.up.{level}.upsample.conv.weight",
+     "decoder.Conv_{conv}.kernel"),
+    ("decoder.levels.{run}.upsample.bias", "decoder.up.{level}.upsample.conv.bias",
+     "decoder.Conv_{conv}.bias"),
+]  # fmt: skip
+
+
+def never_read(name: str) -> bool:
+    """Whether a tensor belongs to the losses of taming-transformers' training.
+
+    The discriminator and the perceptual network, which its checkpoints keep beside the VQGAN and
+    the published file does not.
+    """
+    return name.startswith("loss.")
+
+
+def window_first(x: np.ndarray) -> np.ndarray:
+    """A PyTorch convolution's `(out, in, y, x)` weight as our `(y, x, in, out)` kernel."""
+    return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x  # other ranks fail the check of shapes
+
+
+def layout_of(weights: Mapping[str, np.ndarray]) -> Layout:
+    """Which of the two tables names these weights.
+
+    Raises:
+        ConvertError: no codebook of either.
+    """
+    found: list[Layout] = [layout for name, layout in _CODEBOOKS.items() if name in weights]
+    if len(found) != 1:
+        raise ConvertError(
+            f"these are not a VQGAN's weights: {len(found)} of {', '.join(_CODEBOOKS)}, must be 1"
+        )
+    return found[0]
+
+
+def rules(cfg: VQGANConfig, layout: Layout) -> list[Rule]:
+    """One rule per parameter of `VQGAN(cfg)`."""
+    depth = len(cfg.channel_multipliers)
+    names = [tuple(each.format(last=depth) for each in row) for row in TABLE]
+    for run, level in enumerate(range(depth - 1, 0, -1)):
+        where = {"run": run, "level": level, "conv": run + 1}
+        names += [tuple(each.format(**where) for each in row) for row in UPSAMPLE_TABLE]
+    for *block, widens in _blocks(cfg):
+        for row in [*BLOCK_TABLE, SHORTCUT] if widens else BLOCK_TABLE:
+            names.append(tuple(f"{prefix}.{each}" for prefix, each in zip(block, row, strict=True)))
+    if layout == "flax":
+        return [Rule(flax, ours) for ours, _, flax in names]
+    return [
+        Rule(torch, ours, window_first) if ours.endswith(".kernel") else Rule(torch, ours)
+        for ours, torch, _ in names
+    ]
+
+
+def _blocks(cfg: VQGANConfig) -> Iterator[tuple[str, str, str, bool]]:
+    """Every residual block: our path, PyTorch's, Flax's, and whether its width changes.
+
+    PyTorch numbers levels from the highest resolution down in both halves; we and Flax in the
+    order in which they run. Flax counts blocks through, and a decoder begins with its middle.
+    """
+    depth, per_level, widths = len(cfg.channel_multipliers), cfg.num_res_blocks, cfg.widths
+    for level, run in zip(range(depth), reversed(range(depth)), strict=True):
+        finer, coarser = widths[max(level - 1, 0)], widths[min(level + 1, depth - 1)]
+        for block in range(per_level):
+            yield (
+                f"encoder.levels.{level}.blocks.{block}",
+                f"encoder.down.{level}.block.{block}",
+                f"encoder.ResBlock_{level * per_level + block}",
+                block == 0 and finer != widths[level],
+            )
+            yield (
+                f"decoder.levels.{run}.blocks.{block}",
+                f"decoder.up.{level}.block.{block}",
+                f"decoder.ResBlock_{2 + run * per_level + block}",
+                block == 0 and coarser != widths[level],
+            )
+    for half, first in {"encoder": depth * per_level, "decoder": 0}.items():
+        for block in range(2):
+            yield (
+                f"{half}.middle.{block}",
+                f"{half}.mid.block_{block + 1}",
+                f"{half}.ResBlock_{first + block}",
+                False,
+            )
+
+
+def sizes_from_weights(weights: Mapping[str, np.ndarray]) -> VQGANConfig:
+    """The config of the network that has these weights, with float32 activations.
+
+    Weights do not tell the number of norm groups; published networks have the default's 32.
+
+    Raises:
+        ConvertError: weights of no VQGAN, or tensors that tell no size.
+    """
+    layout = layout_of(weights)
+    codebook = next(np.shape(weights[name]) for name in _CODEBOOKS if name in weights)
+    if layout == "torch":
+        depth = _count(r"encoder\.down\.(\d+)\.", weights)
+        in_levels = _count(r"encoder\.down\.(\d+\.block\.\d+)\.", weights)
+    else:
+        depth = _count(r"decoder\.Conv_(\d+)\.", weights) - 1
+        in_levels = _count(r"encoder\.ResBlock_(\d+)\.", weights) - 2
+    if len(codebook) != 2 or 0 in codebook or depth < 1 or in_levels < 1 or in_levels % depth:
+        raise ConvertError(
+            f"these are not a VQGAN's weights: codebook {codebook}, {depth} levels, and"
+            f" {in_levels} residual blocks before the middle of the encoder"
+        )
+    cfg = VQGANConfig(
+        channel_multipliers=(1,) * depth,
+        num_res_blocks=in_levels // depth,
+        latent_channels=codebook[1],
+        codebook_size=codebook[0],
+    )
+    told = {rule.target: rule for rule in rules(cfg, layout)}
+    widths = []
+    for level in range(depth):
+        rule = told[f"encoder.levels.{level}.blocks.0.conv_in.kernel"]
+        (name,) = rule.names
+        kernel = rule.transform(weights.get(name, np.zeros(())))
+        if kernel.ndim != 4 or not kernel.shape[-1]:
+            raise ConvertError(f"these are not a VQGAN's weights: no kernel {name}")
+        widths.append(kernel.shape[-1])
+    channels = math.gcd(*widths)
+    multipliers = tuple(width // channels for width in widths)
+    return dataclasses.replace(cfg, channels=channels, channel_multipliers=multipliers)
+
+
+def _count(pattern: str, weights: Mapping[str, np.ndarray]) -> int:
+    """How many different things the names of the weights mention."""
+    return len({found[1] for name in weights if (found := re.match(pattern, name))})

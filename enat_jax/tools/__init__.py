@@ -1,0 +1,1 @@
+"""Measuring and compiling ahead of time."""

@@ -1,0 +1,1 @@
+"""Training runs of generators and tokenizers."""

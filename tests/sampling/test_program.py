@@ -1,0 +1,107 @@
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import enat_jax
+from enat_jax.checkpoints.tokenizer import abstract_tokenizer
+from enat_jax.config import Config, SampleConfig, TokenizerConfig
+from enat_jax.core.strategy import StrategyConfig
+from enat_jax.models.enat.network import ENATConfig
+from enat_jax.parallel.placement import MeshConfig, batch_sharding, make_mesh, put
+from enat_jax.sampling.program import GenerationProgram, SampleError
+from enat_jax.tokenizers.vqgan import VQGANConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SMALL = Config(
+    model=ENATConfig(length=4, codebook_size=8, num_classes=3, width=16, num_heads=2,
+                     encoder_depth=2, decoder_depth=2, dtype="bfloat16"),
+    tokenizer=TokenizerConfig(name="vqgan", grid=(2, 2)),
+    strategy=StrategyConfig(steps=2),
+    sample=SampleConfig(batch_size=6),
+)  # fmt: skip
+
+
+def small_program(mesh=None, layers="auto", **tokenizer):
+    config = dataclasses.replace(SMALL, tokenizer=TokenizerConfig(grid=(2, 2), **tokenizer))
+    own = abstract_tokenizer(config.tokenizer, config.model.codebook_size)
+    return GenerationProgram(config, mesh or make_mesh(MeshConfig()), own, layers=layers)
+
+
+def test_the_described_program_is_the_one_that_samples(trained):
+    model = enat_jax.load(trained)
+    described = GenerationProgram(model.config, model.mesh, model.tokenizer)
+    program = described.lower(output="token_ids", batch_size=2).compile()
+    assert jax.tree.map(jnp.shape, model.params) == jax.tree.map(jnp.shape, described.params)
+    ids = [put(np.array(each, np.int32), batch_sharding(model.mesh)) for each in ([3, 7], [0, 1])]
+    found = program(model.params, (), *ids, described.plan()[1], jax.random.key(5))
+    (expected,) = model.token_batches([3, 7], seed=5)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("layers", ["stacked", "unstacked"])
+def test_weights_are_described_as_they_are_taken(layers):
+    program = small_program(layers=layers)
+    made = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), program.stored)
+    taken = program.prepare(made)
+    for described, array in zip(
+        jax.tree.leaves(program.params), jax.tree.leaves(taken), strict=True
+    ):
+        assert (described.shape, described.dtype) == (array.shape, array.dtype)
+        assert described.sharding == array.sharding
+    kernels = [x for path, x in jax.tree.leaves_with_path(taken)
+               if "kernel" in jax.tree_util.keystr(path)]  # fmt: skip
+    assert {kernel.dtype for kernel in kernels} == {jnp.dtype("bfloat16")}
+    assert len(kernels) > (20 if layers == "unstacked" else 5)
+
+
+def test_shapes_alone_are_compiled_with_a_vqgan_that_is_not_there(monkeypatch):
+    small = VQGANConfig(channels=2, channel_multipliers=(1, 2), num_res_blocks=1,
+                        latent_channels=4, norm_groups=1)  # fmt: skip
+    monkeypatch.setattr("enat_jax.checkpoints.tokenizer.VQGANConfig", lambda **fields: small)
+    program = small_program(name="vqgan", weights="nothing/there")
+    assert program.tokenizer.codebook_size == 8  # the network's
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(program.params))
+    compiled = program.lower(output="uint8").compile()
+    (images,) = jax.tree.leaves(compiled.out_info)
+    assert (images.shape, images.dtype) == ((6, 4, 4, 3), np.uint8)
+
+
+def test_a_batch_is_what_the_devices_can_share():
+    devices = jax.devices()[:1] * 4
+    program = small_program(make_mesh(MeshConfig(data=4), devices))
+    assert (program.batch_size(), program.batch_size(1), program.batch_size(5)) == (8, 4, 8)
+    ids = program.arguments(program.plan()[1], output="token_ids")[2]
+    assert ids.shape == (8,)
+
+
+def test_images_without_a_tokenizer_are_refused():
+    with pytest.raises(SampleError, match="gives token ids, not images"):
+        small_program().lower(output="uint8")
+    assert small_program().lower(output="token_ids")
+
+
+FOR_A_TPU = """
+from jax.experimental import topologies
+import test_generation_program as t
+from enat_jax.parallel.placement import MeshConfig, make_mesh
+described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+mesh = make_mesh(MeshConfig(data=2, fsdp=2), described.devices)
+compiled = t.small_program(mesh).lower(output="token_ids").compile()
+assert compiled.memory_analysis().argument_size_in_bytes > 0
+"""
+
+
+def test_it_compiles_for_devices_that_are_not_there():
+    pytest.importorskip("libtpu")
+    env = {"PYTHONPATH": ".:tests", "PATH": "", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
+           "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
+    made = subprocess.run(
+        [sys.executable, "-c", FOR_A_TPU], env=env, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
