@@ -21,11 +21,11 @@ from enat_jax.parallel.gather import from_first_host, gathered
 from enat_jax.evaluation import collected
 from enat_jax.evaluation.collected import Collected
 from enat_jax.evaluation.inception import Features
-from enat_jax.parallel.placement import MeshConfig, batch_sharding, make_mesh, put, replicated
+from enat_jax.parallel.placement import MeshConfig, Placement
 
-mesh = make_mesh(MeshConfig())
+placement = Placement.of(MeshConfig())
 whole = np.arange(24, dtype=np.float32).reshape(8, 3)
-for where in (batch_sharding(mesh), replicated(mesh)):
+for where in (placement.batch, placement.replicated):
     np.testing.assert_array_equal(gathered(put(whole, where)), whole)
 
 calls = []
