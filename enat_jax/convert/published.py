@@ -26,7 +26,7 @@ from enat_jax.evaluation.inception import Inception
 from enat_jax.models.autonat import weights as autonat_rules
 from enat_jax.models.enat import weights as enat_rules
 from enat_jax.models.import_table import ConvertError, apply_rules
-from enat_jax.sampling.program import abstract_params
+from enat_jax.models.networks import abstract_params
 from enat_jax.tokenizers import vqgan_weights as vqgan_rules
 from enat_jax.tokenizers.vqgan import VQGANConfig
 

@@ -19,9 +19,10 @@ from enat_jax.core.plans import padding
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.models.flops import generation_flops, step_flops
+from enat_jax.models.networks import abstract_params
 from enat_jax.parallel.gather import gathered
 from enat_jax.parallel.placement import Placement
-from enat_jax.sampling.program import GenerationProgram, Layers, Output, abstract_params
+from enat_jax.sampling.program import GenerationProgram, Layers, Output
 from enat_jax.tokenizers.protocol import Tokenizer
 
 

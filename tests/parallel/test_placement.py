@@ -13,8 +13,8 @@ from enat_jax.errors import UserError
 from enat_jax.models.enat.block import Block
 from enat_jax.models.enat.network import ENATConfig
 from enat_jax.models.layers import UNPLACED
+from enat_jax.models.networks import abstract_params
 from enat_jax.parallel.placement import MeshConfig, Placement, make_mesh
-from enat_jax.sampling.program import abstract_params
 from enat_jax.training.optim import make_optimizer
 from tests.support.on_hosts import on_two_hosts
 

@@ -11,8 +11,8 @@ from enat_jax.config import config_from_dict, override_config
 from enat_jax.config_file import ConfigError
 from enat_jax.errors import UserError
 from enat_jax.models.enat.network import ENAT
+from enat_jax.models.networks import abstract_params
 from enat_jax.parallel.placement import MeshConfig
-from enat_jax.sampling.program import abstract_params
 from enat_jax.sampling.sampler import Sampler, restore
 from enat_jax.tokenizers.levels import as_uint8
 from enat_jax.tokenizers.pixels import Pixels

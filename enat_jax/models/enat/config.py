@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from enat_jax.models.attention import Implementation
-from enat_jax.models.enat.block import ContextAttention
 from enat_jax.models.stack import Remat
 
 Blocked = Literal[
@@ -14,6 +13,7 @@ Blocked = Literal[
     "visible_to_visible",
     "masked_to_masked",
 ]
+ContextAttention = Literal["joint", "alternating", "none"]
 Reuse = Literal["last_layer", "none", "all_tokens", "all_layers"]
 
 

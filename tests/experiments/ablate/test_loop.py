@@ -16,8 +16,8 @@ from enat_jax.experiments.ablate.config import ablation_from_dict
 from enat_jax.experiments.ablate.loop import ablate
 from enat_jax.experiments.ablate.points import AblateError
 from enat_jax.models.flops import generation_flops
+from enat_jax.models.networks import abstract_params
 from enat_jax.sampling import program as generation_program
-from enat_jax.sampling.program import abstract_params
 from enat_jax.sampling.sampler import restore, sampler_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
