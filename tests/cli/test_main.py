@@ -1,13 +1,16 @@
 import json
+import pathlib
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import enat_jax
-from enat_jax.__main__ import VERBS, main, summary
+from enat_jax import cli
+from enat_jax.__main__ import VERBS, main
 from enat_jax.tokenizers.flops import decode_flops, encode_flops
 from enat_jax.tokenizers.vqgan import VQGANConfig
 from enat_jax.tools import bench as bench_module
@@ -48,6 +51,38 @@ def sample(trained, tmp_path, capsys):
     return run
 
 
+class TestFrontDoor:
+    @pytest.mark.parametrize("code", [
+        "import enat_jax; enat_jax.__version__",
+        *(f"from enat_jax.__main__ import main; main({arguments})"
+          for arguments in (["--help"], ["--version"], ["train", "--help"])),
+    ])  # fmt: skip
+    def test_looking_in_imports_no_library_that_takes_long(self, code):
+        heavy = {"jax", "numpy", "scipy", "grain", "orbax", "tensorflow_datasets", "matplotlib"}
+        code += f"; import sys; print({heavy} & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
+
+    def test_the_version_is_the_installed_ones_or_unknown(self, monkeypatch, capsys):
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"enat_jax {metadata.version('enat_jax')}\n"
+
+        def missing(_):
+            raise metadata.PackageNotFoundError
+
+        monkeypatch.setattr(metadata, "version", missing)
+        assert enat_jax.__version__ == "0+unknown"
+
+    def test_what_the_package_has_not_is_an_attribute_error(self):
+        with pytest.raises(AttributeError, match="no attribute 'laod'"):
+            _ = enat_jax.laod
+
+    def test_every_verb_has_a_module_and_every_module_a_verb(self):
+        shared = {"__init__", "host_flags"}
+        modules = {path.stem for path in pathlib.Path(cli.__file__).parent.glob("*.py")}
+        assert modules - shared == set(VERBS)
+
+
 class TestHelp:
     @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
     def test_without_a_verb_the_verbs_are_listed(self, capsys, arguments):
@@ -56,7 +91,7 @@ class TestHelp:
         assert err == ""
         for name in VERBS:
             assert f"  {name} " in out
-            assert summary(name) in out
+            assert VERBS[name] in out
 
     @pytest.mark.parametrize("verb", VERBS)
     @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -64,7 +99,7 @@ class TestHelp:
         assert main([verb, "--workdir=x", flag]) == 0
         out, err = capsys.readouterr()
         assert err == ""
-        assert out.startswith(f"enat {verb}: {summary(verb)}\n")
+        assert out.startswith(f"enat {verb}: {VERBS[verb]}\n")
         assert "--config.SECTION.FIELD=value overrides a field" in out
         wanted = {"train": "--workdir", "sample": "--per_class", "convert": "--verify",
                   "bench": "--batch_sizes", "tokenize": "--check", "evaluate": "--seed",
@@ -127,7 +162,7 @@ class TestErrors:
         def interrupted(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(VERBS["train"], "run", interrupted)
+        monkeypatch.setattr("enat_jax.cli.train.run", interrupted)
         assert main(["train", "--config=x", "--workdir=x"]) == 130
         assert capsys.readouterr() == ("", "enat train: interrupted\n")
 
@@ -135,7 +170,7 @@ class TestErrors:
         def broken(*_):
             raise ZeroDivisionError("of our own making")
 
-        monkeypatch.setattr(VERBS["train"], "run", broken)
+        monkeypatch.setattr("enat_jax.cli.train.run", broken)
         with pytest.raises(ZeroDivisionError, match="of our own making"):
             main(["train", "--config=x", "--workdir=x"])
 
