@@ -12,12 +12,13 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     """Does the job; returns the exit code."""
-    from enat_jax.experiments.ablate.config import load_ablation
+    from enat_jax.config_file import read_config
+    from enat_jax.experiments.ablate.config import AblateConfig
     from enat_jax.experiments.ablate.loop import ablate
 
     # no programs kept from earlier processes: what compiling takes is measured
     ablate(
-        load_ablation(args.config, overrides),
+        read_config(AblateConfig, args.config, overrides),
         args.out,
         workdir=args.workdir,
         say=lambda line: print(line, flush=True),

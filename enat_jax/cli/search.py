@@ -17,14 +17,15 @@ def define(values: flags.FlagValues) -> None:
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     """Does the job; returns the exit code."""
     from enat_jax.config import override_config
-    from enat_jax.experiments.search.config import load_search_config
+    from enat_jax.config_file import read_config
+    from enat_jax.experiments.search.config import SearchConfig
     from enat_jax.experiments.search.loop import search
     from enat_jax.experiments.search.training import alternate
     from enat_jax.parallel.compilation_cache import keep_compiled_programs
     from enat_jax.sampling.sampler import restore
 
     keep_compiled_programs()
-    cfg = load_search_config(args.config, overrides)
+    cfg = read_config(SearchConfig, args.config, overrides)
     restored = restore(
         args.workdir,
         step=args.step,

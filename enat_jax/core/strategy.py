@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -54,9 +54,9 @@ class StrategyConfig:
     steps: int = 8
     schedule: Schedule = "cosine"
     masking: Masking = "enat"
-    guidance_scale: float = 2.5
-    choice_temperature: float = 1.5
-    sampling_temperature: float = 6.0
+    guidance_scale: float = field(default=2.5, metadata={"at_least": 0})
+    choice_temperature: float = field(default=1.5, metadata={"at_least": 0})
+    sampling_temperature: float = field(default=6.0, metadata={"above": 0})
     reuse: bool = True
     file: str = ""
 

@@ -1,7 +1,6 @@
 """Self-cross attention: queries read context tokens and each other in one softmax."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from enat_jax.models.config import Implementation
 from enat_jax.models.layers import Linear
 
-Implementation = Literal["xla", "cudnn"]
 Valid = Sequence[Bool[Array, "... k"]]
 """Per image of a row, which tokens its queries may read: all of them (`[k]`) or each (`[n k]`)."""
 

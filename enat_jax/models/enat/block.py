@@ -1,7 +1,6 @@
 """The Transformer block: attention, then an MLP, under adaLN on rows that pack images."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from enat_jax.models.attention import Implementation, SelfCrossAttention, Valid
+from enat_jax.models.enat.config import ContextAttention
 from enat_jax.models.layers import Linear, Mlp, layer_norm, zeros
 
 BLOCK_EPSILON = 1e-6  # of the norms inside blocks and of those that feed them
-
-
-ContextAttention = Literal["joint", "alternating", "none"]
 
 # which of adaLN's vectors are own tokens' (shift, scale and gate of the attention, of the MLP, and
 # of a cross-attention), and which are context tokens' (shift and scale)

@@ -13,7 +13,6 @@ from enat_jax.core.generate import generate, image_noise, plan_generation
 from enat_jax.core.plans import Plan
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.models.ablations.blocked_attention import attention_masks, readable
-from enat_jax.models.enat import config as enat_config
 from enat_jax.models.enat import memory as reuse
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.enat.network import ENAT
@@ -371,25 +370,3 @@ def test_every_matrix_of_a_block_is_split_over_devices(name):
         if "kernel" in path:
             assert axes == {"fsdp", "tensor"}, path
             assert sharding.shard_shape(leaf.shape)[0] == leaf.shape[0] or leaf.ndim == 2, path
-
-
-@pytest.mark.parametrize("name", ["default", *VARIANTS])
-def test_the_variants_of_the_paper_can_be(name):
-    assert enat_config.problems(dataclasses.replace(BASE, **VARIANTS.get(name, {}))) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "fields"),
-    [
-        ({"blocked": "masked_to_visible"}, ["blocked"]),
-        ({"decoder_depth": 0}, ["decoder_depth"]),
-        ({"encoder_depth": 0}, ["encoder_depth"]),
-        ({"stacks": "shared"}, ["decoder_depth", "reuse"]),
-        ({**NAT, "context_attention": "alternating"}, ["context_attention"]),
-        ({**NAT, "reuse": "all_layers"}, ["reuse"]),
-        ({"reuse": "none", "reuse_projection": False}, ["reuse_projection"]),
-    ],
-)
-def test_fields_that_do_not_go_together_are_named(changes, fields):
-    found = enat_config.problems(dataclasses.replace(BASE, **changes))
-    assert [line.split(" = ")[0] for line in found] == [f"model.{name}" for name in fields]
