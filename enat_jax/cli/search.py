@@ -2,20 +2,15 @@
 
 from absl import flags
 
+from enat_jax.cli.shared_flags import generates, required
+
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("config", None, "the search's config file", values, required=True)
-    flags.DEFINE_string("workdir", None, "a run, or its checkpoints", values, required=True)
-    flags.DEFINE_string("out", None, "the search's folder, made or gone on in", values,
-                        required=True)  # fmt: skip
-    flags.DEFINE_integer(
-        "step", None, "which checkpoint; the newest by default", flag_values=values
-    )
+    required(values, config="the search's config file")
+    generates(values, out="the search's folder, made or gone on in", seed=False)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     from enat_jax.config import override_config
     from enat_jax.config_file import read_config
     from enat_jax.experiments.search.config import SearchConfig
