@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from enat_jax.config import Config, TokenizerRunConfig, config_from_dict, load_config
-from enat_jax.config_file import limited, make_config, read_config, read_fields
+from enat_jax.config_file import make_config, read_config, read_fields
 from enat_jax.errors import UserError
 from enat_jax.experiments.ablate.config import AblateConfig
 from enat_jax.experiments.search.config import SearchConfig
@@ -136,23 +136,6 @@ class TestLimits:
         assert {problem.split(" = ")[0] for problem in problems} == set(names.split())
         assert all(problem.endswith(f" must {must}") for problem in problems), problems
 
-    @pytest.mark.parametrize(
-        ("text", "problem"),
-        [
-            ("tokenizer.grid=(16, 0)", "tokenizer.grid[1] = 0 must be at least 1"),
-            ("optim.betas=(0.5, 1)", "optim.betas[1] = 1.0 must be in [0, 1)"),
-            ("train.mask_beta=(0.0, 3.0)", "train.mask_beta[0] = 0.0 must be above 0"),
-            ("tokenizer.grid=(16, 'x')", "tokenizer.grid[1] = 'x' must be of type int"),
-        ],
-    )
-    def test_an_element_is_named_by_its_place(self, text, problem):
-        assert refusals(text) == [problem]
-
-    def test_a_limit_that_is_none_is_an_error_of_ours(self):
-        kind = dataclasses.make_dataclass("Kind", [("n", int, limited(1, at_lest=1))], frozen=True)
-        with pytest.raises(KeyError, match="at_lest"):
-            make_config(kind, {"n": 2})
-
 
 RULES = [
     ("model.width=65 model.num_heads=4",
@@ -225,6 +208,10 @@ class TestFields:
             ("data.cache=1", "must be of type bool"),
             ("data.name=3", "must be of type str"),
             ("tokenizer.grid=(16, 16, 1)", "must be of type tuple[int, int]"),
+            ("tokenizer.grid=(16, 'x')", "tokenizer.grid[1] = 'x' must be of type int"),
+            ("tokenizer.grid=(16, 0)", "tokenizer.grid[1] = 0 must be at least 1"),
+            ("optim.betas=(0.5, 1)", "optim.betas[1] = 1.0 must be in [0, 1)"),
+            ("train.mask_beta=(0.0, 3.0)", "train.mask_beta[0] = 0.0 must be above 0"),
             ("model.dtype=float16", "must be one of 'float32', 'bfloat16'"),
             ("model=[1]", "must be a section of fields"),
             ("model.name=[1]", "must be one of 'enat', 'autonat'"),
