@@ -169,5 +169,5 @@ def _read_vqgan_config(path: str | os.PathLike[str], dtype: str) -> tuple[VQGANC
     metadata = checkpoints.metadata(trees=["ema"])
     if "vqgan" not in metadata:
         raise CheckpointError(f"{folder} holds another model than a VQGAN")
-    cfg = make_config(VQGANConfig, metadata["vqgan"], lambda _: [])
+    cfg = make_config(VQGANConfig, metadata["vqgan"])
     return dataclasses.replace(cfg, dtype=dtype), checkpoints

@@ -5,12 +5,15 @@ import pathlib
 
 from absl import flags
 
+from enat_jax.cli.shared_flags import required
+
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("config", None, "the config file", values, required=True)
-    flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x8, 2xv5e:16x16, h100x8, 4xh100x8",
-                        values, required=True)  # fmt: skip
+    required(
+        values,
+        config="the config file",
+        topology="v5e:16x16, v5p:4x4x8, 2xv5e:16x16, h100x8, 4xh100x8",
+    )
     flags.DEFINE_list("programs", ["init", "train", "sample"], "init, train, sample", values)
     flags.DEFINE_bool("only_first", False, "the first training program alone", values)
     flags.DEFINE_bool("suggest", False, "also the largest batch and the remat policy", values)
@@ -19,7 +22,6 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     import jax
 
     # this process compiles on its CPU, whatever else the machine has; jax's own cache writes

@@ -3,19 +3,18 @@
 from absl import flags
 
 from enat_jax.cli import host_flags
+from enat_jax.cli.shared_flags import required
 from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("config", None, "the config file", values, required=True)
+    required(values, config="the config file")
     flags.DEFINE_integer("batch_size", 16, "images per device", lower_bound=1, flag_values=values)
     flags.DEFINE_string("check", None, "a .png: decode some of the records into it", values)
     host_flags.define(values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     host_flags.connect(args)
     from enat_jax.checkpoints.tokenizer import load_tokenizer
     from enat_jax.config import load_config

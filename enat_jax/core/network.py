@@ -68,8 +68,8 @@ class Features(NamedTuple):
 class Network(Protocol):
     """ENAT, AutoNAT, or another that predicts masked tokens from those revealed so far.
 
-    A condition is opaque to who calls: a tree of arrays `[b g ...]`, one per image of a row, such as
-    class ids. All leaves of an embedded condition and of a memory have the batch first.
+    A condition is opaque to who calls: a tree of arrays `[b g ...]`, one per image of a row, such
+    as class ids. All leaves of an embedded condition and of a memory have the batch first.
     """
 
     def null_condition(self, condition: PyTree) -> PyTree:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -59,9 +59,9 @@ class StrategyConfig:
     steps: int = 8
     schedule: Schedule = "cosine"
     masking: Masking = "enat"
-    guidance_scale: float = 2.5
-    choice_temperature: float = 1.5
-    sampling_temperature: float = 6.0
+    guidance_scale: float = field(default=2.5, metadata={"at_least": 0})
+    choice_temperature: float = field(default=1.5, metadata={"at_least": 0})
+    sampling_temperature: float = field(default=6.0, metadata={"above": 0})
     order: str = "confidence"
     reuse: bool = True
     file: str = ""

@@ -1,7 +1,7 @@
 """Self-cross attention: queries read context tokens and each other in one softmax."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from enat_jax.models.config import Implementation
 from enat_jax.models.layers import Linear
-
-Implementation = Literal["xla", "cudnn"]
 
 
 class Segments(NamedTuple):

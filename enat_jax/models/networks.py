@@ -7,23 +7,15 @@ from flax import nnx
 from enat_jax.models.ablations.alternating import AlternatingBlock
 from enat_jax.models.ablations.memories import AllLayers, AllTokens
 from enat_jax.models.ablations.shared_stack import SharedStackNAT
-from enat_jax.models.autonat.network import AutoNAT, AutoNATConfig
+from enat_jax.models.autonat.config import AutoNATConfig
+from enat_jax.models.autonat.network import AutoNAT
 from enat_jax.models.enat.block import Block
-from enat_jax.models.enat.config import ENATConfig, problems
+from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.enat.memory import LastLayer
 from enat_jax.models.enat.network import ENAT
 from enat_jax.models.layers import UNPLACED
 
 NetworkConfig = ENATConfig | AutoNATConfig
-
-
-def network_problems(cfg: NetworkConfig) -> list[str]:
-    """Which fields cannot be, or do not go together: a phrase each, with value, limit and field."""
-    if isinstance(cfg, ENATConfig):
-        return problems(cfg)
-    if cfg.depth >= 2 and cfg.depth % 2 == 0:
-        return []
-    return [f"model.depth = {cfg.depth} must be an even number, at least 2"]
 
 
 def make_network(

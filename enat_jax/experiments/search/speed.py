@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Float
 
 from enat_jax.config import override_config
+from enat_jax.config_file import read_config
 from enat_jax.errors import UserError
 from enat_jax.evaluation.objective import Objective, make_objective
-from enat_jax.experiments.search.config import SearchConfig, load_search_config
+from enat_jax.experiments.search.config import SearchConfig
 from enat_jax.experiments.search.evaluations import Evaluations
 from enat_jax.experiments.search.loop import starting_numbers
 from enat_jax.experiments.search.optimisers import make_optimiser
@@ -126,7 +127,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--images", type=int, default=0, help="the first phase's by default")
     args = parser.parse_args(arguments)
     try:
-        cfg = load_search_config(args.config)
+        cfg = read_config(SearchConfig, args.config)
         restored = restore(
             args.workdir, overrides=lambda fields: override_config(fields, cfg.generator)
         )

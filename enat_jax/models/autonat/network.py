@@ -1,8 +1,7 @@
 """AutoNAT: one Transformer with long skips (U-ViT) that reads all tokens at every step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from enat_jax.core.network import Features, RowPlan, Tokens
-from enat_jax.models.attention import Implementation, attend
+from enat_jax.models.attention import attend
+from enat_jax.models.autonat.config import AutoNATConfig
+from enat_jax.models.config import Implementation
 from enat_jax.models.layers import (
     EMBEDDING_STD,
     UNPLACED,
@@ -23,64 +24,11 @@ from enat_jax.models.layers import (
     dropout,
 )
 from enat_jax.models.rows import Rows
-from enat_jax.models.stack import Remat, make_stack, run_stack, unstack
+from enat_jax.models.stack import make_stack, run_stack, unstack
 
 EPSILON = 1e-5  # of the norms inside blocks
 # the reference cuts the normal distribution at 2, a hundred standard deviations
 normal = nnx.initializers.normal(EMBEDDING_STD)
-
-
-@dataclass(frozen=True)
-class AutoNATConfig:
-    """Sizes of AutoNAT and how it computes; AutoNAT-L's by default.
-
-    Attributes:
-        name: which network this is.
-        length: tokens per image.
-        codebook_size: number of discrete codes; also the mask token's id.
-        num_classes: number of classes; also the null class's id.
-        width: features per token.
-        num_heads: attention heads; divides `width`.
-        depth: blocks beside the middle one, an even number: half of them hand skips to the others.
-        mlp_ratio: hidden width of the MLPs over `width`.
-        dropout: rate on the tokens' embeddings, in training only.
-        dtype: type of activations and matrix operands; parameters stay float32.
-        attention: implementation of attention.
-        remat: what the backward pass recomputes.
-    """
-
-    name: Literal["autonat"] = "autonat"
-    length: int = 256
-    codebook_size: int = 1024
-    num_classes: int = 1000
-    width: int = 768
-    num_heads: int = 8
-    depth: int = 24
-    mlp_ratio: float = 4.0
-    dropout: float = 0.1
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Implementation = "xla"
-    remat: Remat = "none"
-
-    @property
-    def mask_id(self) -> int:
-        """The id that stands for a masked token."""
-        return self.codebook_size
-
-    @property
-    def carries_features(self) -> bool:
-        """Whether a step can read what earlier steps computed."""
-        return False
-
-    @property
-    def carries_masked_features(self) -> bool:
-        """Whether a step reads what the one before computed of tokens then masked."""
-        return False
-
-    @property
-    def null_class_id(self) -> int:
-        """The class of the unconditional branch."""
-        return self.num_classes
 
 
 class UViTBlock(nnx.Module):

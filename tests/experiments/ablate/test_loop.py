@@ -10,9 +10,10 @@ from PIL import Image
 import enat_jax
 from enat_jax.checkpoints.store import Checkpoints
 from enat_jax.config import override_config
+from enat_jax.config_file import make_config
 from enat_jax.errors import UserError
 from enat_jax.experiments.ablate import loop, measure
-from enat_jax.experiments.ablate.config import ablation_from_dict
+from enat_jax.experiments.ablate.config import AblateConfig
 from enat_jax.experiments.ablate.loop import ablate
 from enat_jax.experiments.ablate.points import AblateError
 from enat_jax.models.flops import generation_flops
@@ -42,7 +43,8 @@ def nowhere(made, class_ids):
 
 
 def config(*overrides, function="checksum", output="token_ids", **fields):
-    return ablation_from_dict(
+    return make_config(
+        AblateConfig,
         {
             "grid": {
                 "strategy": {"steps": (3, 2), "choice_temperature": (1.0, 8.0)},

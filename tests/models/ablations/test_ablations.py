@@ -1,7 +1,5 @@
 """The paper's ablations: what each may read, and what it carries."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +9,7 @@ from flax import nnx
 from enat_jax.core.network import RowPlan
 from enat_jax.core.plans import Plan
 from enat_jax.models.ablations.shared_stack import readable
-from enat_jax.models.enat import config as enat_config
 from tests.support.networks import (
-    BASE,
-    CONFIGS,
-    NAT,
     VARIANTS,
     in_reveal_order,
     network,
@@ -154,28 +148,3 @@ def test_the_features_of_all_tokens_are_kept_by_position():
     after, out = step()
     expected = [out.previous[:, order[0, :4]], out.new, out.masked]
     np.testing.assert_allclose(after[:, order[0]], np.concatenate(expected, axis=1), atol=1e-5)
-
-
-# Configs.
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_variants_of_the_paper_can_be(name):
-    assert enat_config.problems(CONFIGS[name]) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "fields"),
-    [
-        ({"blocked": "masked_to_visible"}, ["blocked"]),
-        ({"decoder_depth": 0}, ["decoder_depth"]),
-        ({"encoder_depth": 0}, ["encoder_depth"]),
-        ({"stacks": "shared"}, ["decoder_depth", "reuse"]),
-        ({**NAT, "context_attention": "alternating"}, ["context_attention"]),
-        ({**NAT, "reuse": "all_layers"}, ["reuse"]),
-        ({"reuse": "none", "reuse_projection": False}, ["reuse_projection"]),
-    ],
-)
-def test_fields_that_do_not_go_together_are_named(changes, fields):
-    problems = enat_config.problems(dataclasses.replace(BASE, **changes))
-    assert [line.split(" = ")[0] for line in problems] == [f"model.{name}" for name in fields]

@@ -112,11 +112,9 @@ def test_a_token_reads_its_own_image_and_class_and_nothing_of_its_neighbours(aut
     plans = (Plan(0, 24, 40), Plan(0, 8, 56))
     rng = np.random.default_rng(0)
     orders = [rng.permutation(64)[None] for _ in plans]
-    visible, masked = zip(*(np.split(o, [p.new], axis=1) for o, p in zip(orders, plans, strict=True)),
-                          strict=True)  # fmt: skip
-    tokens = Tokens(*(jnp.asarray(x) for x in (
-        np.arange(32)[None], np.concatenate(visible, axis=1), np.concatenate(masked, axis=1)
-    )))  # fmt: skip
+    parts = [np.split(order, [p.new], axis=1) for order, p in zip(orders, plans, strict=True)]
+    visible, masked = (jnp.asarray(np.concatenate(x, axis=1)) for x in zip(*parts, strict=True))
+    tokens = Tokens(jnp.arange(32)[None], visible, masked)
     direction = jax.random.normal(jax.random.key(0), (autonat.cfg.codebook_size,))
     graphdef, params = nnx.split(autonat)
 
