@@ -38,7 +38,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         dtypes=args.dtypes,
         layers=args.layers,
         repeats=args.repeats,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     text = json.dumps(result, indent=2)
     print(text)
