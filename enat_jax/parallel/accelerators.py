@@ -9,9 +9,8 @@ _GIB = 2**30
 class Accelerator:
     """One device as jax counts them: a chip, or a GPU.
 
-    TPU figures are Cloud TPU's "system architecture" page of each version; its bandwidth between
-    chips is given both ways, here is half of it. GPU figures are NVIDIA's data sheets of the SXM
-    modules, FLOPs without sparsity; NVLink's bandwidth is given both ways as well.
+    By Cloud TPU's "system architecture" pages and NVIDIA's data sheets of the SXM modules, FLOPs
+    without sparsity; where they give the bandwidth of links both ways, here is half of it.
 
     Attributes:
         name: what users call it.

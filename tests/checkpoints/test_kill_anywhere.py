@@ -32,7 +32,7 @@ import json, pathlib, sys, zlib
 import numpy as np
 from absl import flags
 from enat_jax.parallel import hosts
-from enat_jax.parallel.compilation_cache import keep_compiled_programs
+from enat_jax.parallel.compilation import keep_compiled_programs
 from enat_jax.config import load_config
 from enat_jax.training.programs import Run
 from enat_jax.training.train import train

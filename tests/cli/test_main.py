@@ -260,7 +260,7 @@ class TestSamples:
     def test_of_several_hosts_the_first_alone_writes(
         self, trained, tmp_path, monkeypatch, capsys, kind
     ):
-        monkeypatch.setattr("enat_jax.parallel.hosts.speaks", lambda: False)
+        monkeypatch.setattr("enat_jax.parallel.hosts.is_primary", lambda: False)
         out = tmp_path / "made" / "images.npz"
         arguments = [f"--workdir={trained}", f"--out={out}", f"--format={kind}", "--classes=1"]
         assert main(["sample", *arguments, "--per_class=1"]) == 0

@@ -271,14 +271,14 @@ def test_a_host_finds_its_rows_and_places_them():
 
 
 ROWS = """
-from enat_jax.parallel.gather import gathered
+from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import MeshConfig, make_mesh, own_rows, place_batch
 batch = np.arange(24).reshape(12, 2)
 for cfg in (MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)):
     mesh = make_mesh(cfg)
     rows = own_rows(mesh, 12)
     assert rows.tolist() == list(range(6 * process, 6 * process + 6)), rows
-    np.testing.assert_array_equal(gathered(place_batch(batch[rows], mesh, 12)), batch)
+    np.testing.assert_array_equal(all_gather(place_batch(batch[rows], mesh, 12)), batch)
 """
 
 
