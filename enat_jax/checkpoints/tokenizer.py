@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32
 
 from enat_jax.checkpoints.digests import weights_digest
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.config import TokenizerConfig
 from enat_jax.config_file import ConfigError, make_config
-from enat_jax.parallel.placement import replicated
+from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.pixels import Pixels
 from enat_jax.tokenizers.protocol import Tokenizer
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -82,14 +81,14 @@ class VQGANTokenizer:
 
 
 def load_tokenizer(
-    cfg: TokenizerConfig, codebook_size: int, mesh: Mesh | None = None
+    cfg: TokenizerConfig, codebook_size: int, placement: Placement | None = None
 ) -> Tokenizer | None:
     """The tokenizer a config names, None for `none`.
 
     Args:
         cfg: the config's section.
         codebook_size: of the network that is to use it; 0 takes the tokenizer's.
-        mesh: where the weights are to lie, the same on every device; the first device by default.
+        placement: on whose devices the weights are to be replicated; the first device by default.
 
     Raises:
         UserError: no weights where the config says, or ones of another codebook size.
@@ -98,7 +97,7 @@ def load_tokenizer(
         return None
     if cfg.name == "pixels":
         return PixelTokenizer(codebook_size)
-    vqgan, params = load_vqgan(cfg.weights, dtype=cfg.dtype, mesh=mesh)
+    vqgan, params = load_vqgan(cfg.weights, dtype=cfg.dtype, placement=placement)
     _check_codebook(cfg, vqgan, codebook_size)
     return VQGANTokenizer(vqgan, params, weights_digest(params))
 
@@ -137,14 +136,14 @@ def abstract_vqgan(cfg: VQGANConfig) -> tuple[Any, nnx.State]:
 
 
 def load_vqgan(
-    path: str | os.PathLike[str], *, dtype: str = "float32", mesh: Mesh | None = None
+    path: str | os.PathLike[str], *, dtype: str = "float32", placement: Placement | None = None
 ) -> tuple[VQGANConfig, nnx.State]:
     """Reads a VQGAN's moving average from a workdir.
 
     Args:
         path: a workdir of `train_tokenizer` or `convert --kind=vqgan`.
         dtype: of activations.
-        mesh: where the weights are to lie; the first device by default.
+        placement: on whose devices they are to be replicated; the first device by default.
 
     Raises:
         CheckpointError: no readable checkpoint of a VQGAN there.
@@ -153,7 +152,7 @@ def load_vqgan(
     _, abstract = abstract_vqgan(cfg)
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=replicated(mesh) if mesh else None
+            leaf.shape, leaf.dtype, sharding=placement.replicated if placement else None
         ),
         abstract,
     )

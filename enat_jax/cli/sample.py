@@ -32,7 +32,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     import numpy as np
 
     from enat_jax.config import override_config
-    from enat_jax.data.batches import pictures as images
+    from enat_jax.data import pictures as images
     from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.parallel.hosts import is_primary
     from enat_jax.sampling.sampler import load

@@ -23,7 +23,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.config import load_config
     from enat_jax.evaluation.statistics import reference_statistics
     from enat_jax.parallel.compilation import keep_compiled_programs
-    from enat_jax.parallel.placement import make_mesh
+    from enat_jax.parallel.placement import Placement
 
     keep_compiled_programs()
     config = load_config(args.config, overrides)
@@ -33,6 +33,6 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         if tokenizer is None:
             raise UserError("tokenizer.name = 'none' does not tell the images' size: give --size")
         size = config.tokenizer.grid[0] * tokenizer.patch
-    mesh = make_mesh(config.mesh)
-    reference_statistics(config.images, config.evaluate, args.out, size=size, mesh=mesh)
+    placement = Placement.of(config.mesh)
+    reference_statistics(config.images, config.evaluate, args.out, size=size, placement=placement)
     return 0

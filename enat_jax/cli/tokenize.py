@@ -23,12 +23,12 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.data.tokenize import tokenize
     from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.parallel.hosts import is_primary, primary_only
-    from enat_jax.parallel.placement import batch_shards, make_mesh
+    from enat_jax.parallel.placement import Placement
 
     keep_compiled_programs()
     config = load_config(args.config, overrides)
-    mesh = make_mesh(config.mesh).local_mesh  # each host works on images of its own
-    tokenizer = load_tokenizer(config.tokenizer, config.model.codebook_size, mesh)
+    placement = Placement.of(config.mesh).local  # each host works on images of its own
+    tokenizer = load_tokenizer(config.tokenizer, config.model.codebook_size, placement)
     if tokenizer is None:
         raise UserError("config: tokenizer.name = 'none' makes no tokens")
     tokenize(
@@ -37,8 +37,8 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         config.data.name,
         config.data.data_dir,
         grid=config.tokenizer.grid,
-        batch_size=args.batch_size * batch_shards(mesh),
-        mesh=mesh,
+        batch_size=args.batch_size * placement.batch_shards,
+        placement=placement,
         say=primary_only(print),
     )
     if args.check and is_primary():

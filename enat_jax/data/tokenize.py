@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from jaxtyping import Array, Int32, UInt8, UInt16
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from enat_jax.data.read_ahead import ImageBatch, read_batches
 from enat_jax.data.record_plan import RecordPlan
 from enat_jax.data.records import RecordFolder
 from enat_jax.errors import UserError
-from enat_jax.parallel.placement import batch_sharding, batch_shards, replicated
+from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.protocol import Tokenizer
 
 _SECONDS = 30  # between lines on progress where there is no terminal
@@ -40,7 +39,7 @@ def tokenize(
     *,
     grid: tuple[int, int],
     batch_size: int,
-    mesh: Mesh,
+    placement: Placement,
     say: Callable[[str], object] = print,
 ) -> None:
     """Writes the token records of all images, or those that an earlier run did not get to.
@@ -59,15 +58,15 @@ def tokenize(
         data_dir: Folder of the prepared data sets; one that all processes share.
         grid: Rows and columns of tokens, equally many.
         batch_size: Images read per batch and process; as many again are made by mirroring.
-        mesh: The devices; batches are split over its data axes.
+        placement: Of the devices; batches are split over this process's own.
         say: Called with lines for the user.
 
     Raises:
         UserError: arguments that do not fit, images or records that cannot be opened, more
             unreadable images than allowed; whole shards are kept.
     """
-    mesh = mesh.local_mesh
-    _check(tokenizer, out_name, grid, batch_size, mesh)
+    placement = placement.local
+    _check(tokenizer, out_name, grid, batch_size, placement)
     source = open_images(images)
     plan = RecordPlan(
         name=out_name,
@@ -96,7 +95,7 @@ def tokenize(
     )
     started = time.perf_counter()
     spans = [span for shard in mine for span in _spans(plan.images_of(shard), batch_size)]
-    encode = compiled_encoder(tokenizer, plan, batch_size, mesh)
+    encode = compiled_encoder(tokenizer, plan, batch_size, placement)
     with contextlib.closing(
         read_batches(
             source,
@@ -122,7 +121,7 @@ def tokenize(
 
 
 def compiled_encoder(
-    tokenizer: Tokenizer, plan: RecordPlan, batch_size: int, mesh: Mesh
+    tokenizer: Tokenizer, plan: RecordPlan, batch_size: int, placement: Placement
 ) -> Callable[[UInt8[np.ndarray, "b y x 3"]], Int32[Array, "b o n"]]:
     """Encodes batches of one size in each orientation `o`: as they are and, if asked, mirrored."""
 
@@ -132,14 +131,18 @@ def compiled_encoder(
         token_ids = tokenizer.encode(weights, rearrange(both, "b o y x c -> (b o) y x c"))
         return rearrange(token_ids, "(b o) n -> b o n", b=batch_size)
 
-    weights = jax.device_put(tokenizer.params, replicated(mesh))
-    by_rows = batch_sharding(mesh)
-    compiled = jax.jit(encode, in_shardings=(replicated(mesh), by_rows), out_shardings=by_rows)
+    weights = jax.device_put(tokenizer.params, placement.replicated)
+    by_rows = placement.batch
+    compiled = jax.jit(encode, in_shardings=(placement.replicated, by_rows), out_shardings=by_rows)
     return lambda images: compiled(weights, jax.device_put(images, by_rows))
 
 
 def _check(
-    tokenizer: Tokenizer, out_name: str, grid: tuple[int, int], batch_size: int, mesh: Mesh
+    tokenizer: Tokenizer,
+    out_name: str,
+    grid: tuple[int, int],
+    batch_size: int,
+    placement: Placement,
 ) -> None:
     """All that is wrong with the arguments in one error."""
     errors = []
@@ -147,7 +150,7 @@ def _check(
         errors.append(f"out_name = {out_name!r} is a data set of the project's own")
     if grid[0] != grid[1] or grid[0] < 1:
         errors.append(f"grid = {grid[0]} x {grid[1]}, must be square: crops are")
-    shards = batch_shards(mesh)
+    shards = placement.batch_shards
     if batch_size < 1 or batch_size % shards:
         errors.append(f"batch_size = {batch_size}, must be a multiple of {shards} devices")
     if errors:

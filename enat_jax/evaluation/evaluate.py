@@ -29,7 +29,6 @@ from enat_jax.parallel.hosts import (
     primary_only,
     require_agreement,
 )
-from enat_jax.parallel.placement import batch_sharding, batch_shards, put, replicated
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
 from enat_jax.tokenizers.levels import as_uint8
 
@@ -93,13 +92,13 @@ def evaluate(
         say(f"no precision and recall: {cfg.reference} holds no features of single images")
     state = _State(pathlib.Path(out), cfg, about, keep_features)
     at_once = min(cfg.batch_size, restored.config.sample.batch_size)
-    shards = batch_shards(sampler.mesh)
+    shards = sampler.placement.batch_shards
     if sampler.program.batch_size(cfg.num_images) < shards * at_once:
         say(
             f"sample.batch_size = {restored.config.sample.batch_size} leaves room: each of {shards}"
             f" devices looks at {at_once} images at a time"
         )
-    extract = FeatureExtractor(inception, sampler.mesh, at_once=at_once)
+    extract = FeatureExtractor(inception, sampler.placement, at_once=at_once)
     saved = state.done
     for done in _run(sampler, state, extract, seed, say):
         if done - saved >= cfg.save_every or done == cfg.num_images:  # scoring can fail, too
@@ -133,7 +132,7 @@ def _run(
     with tqdm(total=total, initial=start, unit="image", disable=hidden) as bar:
         for count, made in _one_ahead(_features(sampler, state, extract, seed)):
             ids = np.arange(state.done, state.done + sampler.program.batch_size(total))
-            own = local_rows(put(ids.astype(np.int32), batch_sharding(sampler.mesh)))
+            own = local_rows(sampler.placement.put(ids.astype(np.int32), sampler.placement.batch))
             real = own < total  # the last batch is filled up
             for protocol, (features, single) in made.items():
                 collected = state.collected[protocol]
@@ -158,7 +157,7 @@ def _features(
     as_levels = jax.jit(as_uint8)
     share = _same
     if state.keeps_features and jax.process_count() > 1:
-        share = jax.jit(_same, out_shardings=replicated(sampler.mesh))
+        share = jax.jit(_same, out_shardings=sampler.placement.replicated)
     batches = sampler.batches(classes, output="floats", seed=seed, first=state.done)
     for count, floats in batches:
         made = {}
@@ -199,7 +198,7 @@ def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]
         "tokenizer": config.tokenizer.name,
         "tokenizer_dtype": config.tokenizer.dtype,
         "tokenizer_digest": sampler.tokenizer.digest,
-        "decode_batch_size": sampler.decode_batch_size,
+        "decode_batch_size": sampler.program.decode_batch_size,
         "inception_sha256": file_digest(cfg.inception),
         "reference": pathlib.Path(cfg.reference).name,
         "reference_sha256": file_digest(cfg.reference),

@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
 from enat_jax.evaluation.inception import Features, Inception
-from enat_jax.parallel.chunks import map_in_chunks
-from enat_jax.parallel.placement import batch_sharding, put, replicated
+from enat_jax.parallel.placement import Placement
 
 
 class FeatureExtractor:
@@ -16,13 +14,13 @@ class FeatureExtractor:
 
     Args:
         inception: the network.
-        mesh: devices that share a batch, of any number of hosts.
+        placement: of the devices that share a batch.
         at_once: images that a device looks at at a time.
     """
 
-    def __init__(self, inception: Inception, mesh: Mesh, *, at_once: int = 16):
+    def __init__(self, inception: Inception, placement: Placement, *, at_once: int = 16):
         graphdef, state = nnx.split(inception)
-        self._state = put(state, replicated(mesh))
+        self._state = placement.put(state)
 
         def features(state: nnx.State, images: Shaped[Array, "b y x 3"]) -> Features:
             network = nnx.merge(graphdef, state)
@@ -31,9 +29,9 @@ class FeatureExtractor:
                 floats = part / jnp.float32(255) if part.dtype == jnp.uint8 else part
                 return network(floats)
 
-            return map_in_chunks(some, images, mesh, at_once)
+            return placement.map_in_chunks(some, images, at_once)
 
-        self._features = jax.jit(features, out_shardings=batch_sharding(mesh))
+        self._features = jax.jit(features, out_shardings=placement.batch)
 
     def __call__(self, images: Shaped[Array, "b y x 3"]) -> Features:
         """Features of images, uint8 or floats in [0, 1]; both lie split over the mesh by image."""

@@ -8,7 +8,6 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
 from sklearn.datasets import load_digits
 
@@ -22,7 +21,7 @@ from enat_jax.evaluation.moments import Moments, across_hosts, local_rows, sum_a
 from enat_jax.evaluation.reference import read_reference
 from enat_jax.evaluation.scores import frechet_distance_of_moments
 from enat_jax.parallel.hosts import all_gather
-from enat_jax.parallel.placement import batch_sharding, put
+from enat_jax.parallel.placement import Placement
 
 Wants = Literal["token_ids", "floats", "uint8"]
 Function = Callable[[Shaped[np.ndarray, "b ..."], Int[np.ndarray, " b"]], float]
@@ -92,13 +91,13 @@ class Objective(Protocol):
         ...
 
 
-def make_objective(cfg: ObjectiveConfig, generator: Config, mesh: Mesh) -> Objective:
+def make_objective(cfg: ObjectiveConfig, generator: Config, placement: Placement) -> Objective:
     """The objective that a config describes.
 
     Args:
         cfg: the objective's config.
         generator: the config of the generator to be judged.
-        mesh: the devices that its batches are split over.
+        placement: of the devices that its batches are split over.
 
     Raises:
         UserError: an unknown name, files that are missing or wrong, a function that cannot be
@@ -119,7 +118,7 @@ def make_objective(cfg: ObjectiveConfig, generator: Config, mesh: Mesh) -> Objec
             " gives token ids"
         )
     if cfg.name == "fid":
-        return _Fid(cfg, mesh)
+        return _Fid(cfg, placement)
     return _UserFunction(cfg.name, _imported(cfg.name), wants)
 
 
@@ -128,7 +127,7 @@ class _Fid:
 
     names: tuple[str, ...] = ("fid",)
 
-    def __init__(self, cfg: ObjectiveConfig, mesh: Mesh):
+    def __init__(self, cfg: ObjectiveConfig, placement: Placement):
         problems = [f"objective.{name} must name a file, for objective.name = 'fid'"
                     for name in ("inception", "reference") if not getattr(cfg, name)]  # fmt: skip
         if cfg.output == "token_ids":
@@ -140,8 +139,8 @@ class _Fid:
         self.wants: Wants = cfg.output
         self.reference = read_reference(cfg.reference)
         inception = load_inception(cfg.inception, digest=cfg.inception_digest)
-        self.extract = FeatureExtractor(inception, mesh, at_once=cfg.batch_size)
-        self.by_image = batch_sharding(mesh)
+        self.extract = FeatureExtractor(inception, placement, at_once=cfg.batch_size)
+        self.placement = placement
 
     def start(self) -> "_FidScorer":
         return _FidScorer(self)
@@ -153,9 +152,10 @@ class _FidScorer:
         self._moments, self._finite = Moments.empty(POOL_FEATURES), True
 
     def add(self, made: Batch, class_ids: Int[np.ndarray, " m"]) -> None:
-        where = self._objective.by_image
-        images = put(made, where)
-        own = local_rows(put(np.arange(len(images), dtype=np.int32), where))
+        placement = self._objective.placement
+        images = placement.put(made, placement.batch)
+        rows = np.arange(len(images), dtype=np.int32)
+        own = local_rows(placement.put(rows, placement.batch))
         pool = local_rows(self._objective.extract(images).pool)[own < len(class_ids)]
         if np.isfinite(pool).all():
             self._moments = self._moments.add(pool)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from enat_jax.data.image_source import ImageError, ImageSource, UnreadableImage
@@ -18,7 +17,7 @@ from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.evaluation.moments import Moments
 from enat_jax.evaluation.scores import frechet_distance_of_moments
 from enat_jax.parallel.hosts import all_gather
-from enat_jax.parallel.placement import batch_sharding, batch_shards, put, replicated
+from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.levels import as_uint8
 
 _PER_ROW = 8  # originals in a row of the picture
@@ -66,7 +65,7 @@ class HeldOut:
         graphdef: of the VQGAN.
         codes: in its codebook.
         images: what to look at, the same on every host.
-        mesh: devices that share a batch, of any number of hosts.
+        placement: of the devices that share a batch.
         name: what the log calls them.
         batch_size: images per call, rounded up to what the devices can share.
         pictures: images in the picture.
@@ -78,7 +77,7 @@ class HeldOut:
         graphdef: Any,
         codes: int,
         images: UInt8[np.ndarray, "b y x 3"],
-        mesh: Mesh,
+        placement: Placement,
         *,
         name: str,
         batch_size: int,
@@ -87,10 +86,12 @@ class HeldOut:
     ):
         self.name = name
         self._codes = codes
-        shards = batch_shards(mesh)
-        self._images, self._mesh, self._pictures = images, mesh, pictures
+        shards = placement.batch_shards
+        self._images, self._placement, self._pictures = images, placement, pictures
         self._batch_size = -(-min(batch_size, len(images)) // shards) * shards
-        self._features = FeatureExtractor(load_inception(inception), mesh) if inception else None
+        self._features = (
+            FeatureExtractor(load_inception(inception), placement) if inception else None
+        )
         self._originals: Moments | None = None
 
         def look(params: nnx.State, images: UInt8[Array, "b y x 3"]) -> tuple[Array, Array, Array]:
@@ -102,7 +103,7 @@ class HeldOut:
             error = jnp.mean(jnp.square(made - pixels), axis=(1, 2, 3))
             return as_uint8(made), error, token_ids
 
-        self._look = jax.jit(look, out_shardings=(batch_sharding(mesh), *2 * [replicated(mesh)]))
+        self._look = jax.jit(look, out_shardings=(placement.batch, *2 * [placement.replicated]))
 
     def __call__(self, params: nnx.State) -> Look:
         """Reconstructs every image; rounded to 8 bits for the picture and for rFID.
@@ -132,7 +133,7 @@ class HeldOut:
         """Images on the devices, the last one repeated to fill the batch; how many they are."""
         count = min(self._batch_size, len(self._images) - start)
         rows = start + np.minimum(np.arange(self._batch_size), count - 1)
-        return put(self._images[rows], batch_sharding(self._mesh)), count
+        return self._placement.put(self._images[rows], self._placement.batch), count
 
     def _pool(self, images: Array) -> np.ndarray:
         assert self._features is not None

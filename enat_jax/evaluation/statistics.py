@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from enat_jax.config import EvaluateConfig
@@ -19,7 +18,7 @@ from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.evaluation.moments import Moments, across_hosts, sum_across_hosts
 from enat_jax.evaluation.reference import write_reference
 from enat_jax.parallel.hosts import from_primary, primary_only
-from enat_jax.parallel.placement import MeshConfig, batch_sharding, batch_shards, make_mesh, put
+from enat_jax.parallel.placement import MeshConfig, Placement
 
 MOST_FEATURES = 10_000  # of single images: as many as ADM's reference batches hold images
 
@@ -30,7 +29,7 @@ def reference_statistics(
     out: str | os.PathLike[str],
     *,
     size: int,
-    mesh: Mesh,
+    placement: Placement,
     say: Callable[[str], object] = print,
 ) -> None:
     """Writes `mu`, `sigma` (pool), `mu_s`, `sigma_s` (spatial) and `features` of real images.
@@ -44,8 +43,8 @@ def reference_statistics(
         cfg: where Inception's weights are.
         out: the `.npz` to write.
         size: pixels per side of the crops: that of the images they are to be compared with.
-        mesh: devices that share a batch; on several hosts, each takes its own devices for its own
-            share of the images, and process 0 writes.
+        placement: of the devices that share a batch; of several processes, each takes its own
+            devices for its own share of the images, and process 0 writes.
         say: called with lines for the user.
 
     Raises:
@@ -56,9 +55,11 @@ def reference_statistics(
     source = open_images(images)
     hosts, host = jax.process_count(), jax.process_index()
     if hosts > 1:  # every host looks at images of its own, so none waits for another before the end
-        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        placement = Placement.of(MeshConfig(), jax.local_devices())
     extract = FeatureExtractor(
-        load_inception(cfg.inception, digest=cfg.inception_digest), mesh, at_once=cfg.batch_size
+        load_inception(cfg.inception, digest=cfg.inception_digest),
+        placement,
+        at_once=cfg.batch_size,
     )
     tell = primary_only(say)
     tell(source.summary)
@@ -66,7 +67,7 @@ def reference_statistics(
     every = -(-len(source) // MOST_FEATURES)
     single = np.zeros((-(-len(source) // every), POOL_FEATURES), np.float32)
     kept = np.zeros(len(single), np.int64)
-    batch_size = cfg.batch_size * batch_shards(mesh)
+    batch_size = cfg.batch_size * placement.batch_shards
     own = range(len(source))[host::hosts]
     spans = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
     batches = read_batches(
@@ -82,7 +83,7 @@ def reference_statistics(
             skipped += len(batch.unreadable)
             if skipped > most:
                 break  # to where the other hosts learn of it
-            made = extract(put(batch.images, batch_sharding(mesh)))
+            made = extract(placement.put(batch.images, placement.batch))
             features = np.asarray(made.pool)[batch.readable]
             pool = pool.add(features)
             spatial = spatial.add(np.asarray(made.spatial)[batch.readable])

@@ -20,7 +20,7 @@ from enat_jax.files import write_arrays, write_json
 from enat_jax.models.autonat.network import AutoNAT
 from enat_jax.models.networks import Network
 from enat_jax.parallel.hosts import several
-from enat_jax.parallel.placement import batch_sharding, make_mesh, put, replicated
+from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram, abstract_params
 from enat_jax.sampling.sampler import Restored
 
@@ -88,8 +88,8 @@ def similarity(
     if not 1 <= images <= samples:
         raise SimilarityError(f"images = {images}, must be between 1 and samples = {samples}")
     config = restored.config
-    mesh = make_mesh(config.mesh)
-    program = GenerationProgram(config, mesh, None)
+    placement = Placement.of(config.mesh)
+    program = GenerationProgram(config, placement, None)
     layout, traced = program.plan()
     if layout.steps < 2:
         raise SimilarityError(f"strategy.steps = {layout.steps}, must be at least 2 to compare")
@@ -100,15 +100,15 @@ def similarity(
             " give --config.strategy.reuse=False"
         )
     graphdef, _ = abstract_params(config.model)
-    compare = jax.jit(_compare, static_argnums=(0, 1), out_shardings=batch_sharding(mesh))
-    inputs = put((restored.ema, traced, jax.random.key(seed)), replicated(mesh))
+    compare = jax.jit(_compare, static_argnums=(0, 1), out_shardings=placement.batch)
+    inputs = placement.put((restored.ema, traced, jax.random.key(seed)))
     classes = np.arange(samples, dtype=np.int32) % config.model.num_classes
     size = program.batch_size(samples)
     shown: list[Similarities] = []
     means: list[dict[str, np.ndarray]] = []
     for start in range(0, samples, size):
         ids = np.arange(start, start + size, dtype=np.int32)
-        batch = put((classes[np.minimum(ids, samples - 1)], ids), batch_sharding(mesh))
+        batch = placement.put((classes[np.minimum(ids, samples - 1)], ids), placement.batch)
         made = compare(graphdef, layout, *inputs, *batch)
         part = Similarities(*(np.asarray(x)[: samples - start] for x in made))
         if start < images:

@@ -1,7 +1,7 @@
 """The small layers every network is made of: linear, normalisation, MLP, embeddings."""
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -13,9 +13,31 @@ from jaxtyping import Array, Float, Int, PyTree
 xavier_uniform = nnx.initializers.xavier_uniform()
 zeros = nnx.initializers.zeros_init()
 EMBEDDING_STD = 0.02
-Constrain = Callable[[Array, Literal["rows", "columns", "whole"]], Array]
-"""Lays activations out on devices; see `ENAT`."""
 LINEAR = "linear"  # what the outputs of linear layers are called where remat chooses what to keep
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """Leaves arrays where they are: what a model and a step have instead of a `Placement`."""
+
+    def weights(self, params: PyTree) -> PyTree:
+        """Parameters as they lie within a step."""
+        return params
+
+    def block(self, block: Any) -> Any:
+        """A block of a stack where it is used."""
+        return block
+
+    def gradients(self, grads: PyTree) -> PyTree:
+        """Gradients of all parameters."""
+        return grads
+
+    def activations(self, x: Array, how: Literal["rows", "columns", "whole"]) -> Array:
+        """Activations: split by images; or as adaLN's layers need them."""
+        return x
+
+
+UNPLACED = Unplaced()
 
 
 @jax.custom_vjp

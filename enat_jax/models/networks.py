@@ -1,6 +1,5 @@
 """The networks there are, each made from its config."""
 
-from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -8,7 +7,7 @@ from flax import nnx
 from enat_jax.models.autonat.network import AutoNAT, AutoNATConfig
 from enat_jax.models.enat.config import ENATConfig, problems
 from enat_jax.models.enat.network import ENAT
-from enat_jax.models.layers import Constrain
+from enat_jax.models.layers import UNPLACED
 
 NetworkConfig = ENATConfig | AutoNATConfig
 Network = ENAT | AutoNAT
@@ -27,11 +26,9 @@ def make_network(
     cfg: NetworkConfig,
     *,
     rngs: nnx.Rngs,
-    constrain: Constrain = lambda x, how: x,
-    place_block: Callable[[Any], Any] = lambda block: block,
+    placement: Any = UNPLACED,
 ) -> Network:
-    """The network that a config describes; see `ENAT` for what the callables do."""
-    hooks: dict[str, Any] = {"constrain": constrain, "place_block": place_block}
+    """The network that a config describes; see `ENAT` for `placement`."""
     if isinstance(cfg, AutoNATConfig):
-        return AutoNAT(cfg, rngs=rngs, **hooks)
-    return ENAT(cfg, rngs=rngs, **hooks)
+        return AutoNAT(cfg, rngs=rngs, placement=placement)
+    return ENAT(cfg, rngs=rngs, placement=placement)

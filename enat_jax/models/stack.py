@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from enat_jax.models.layers import LINEAR
+from enat_jax.models.layers import LINEAR, UNPLACED
 
 Remat = Literal["none", "block", "dots"]
 Block = TypeVar("Block", bound=nnx.Module)
@@ -24,7 +24,7 @@ def run_stack(
     x: Array,
     per_block: Any,
     apply: Callable[[Any, Array, Any], Array],
-    place_block: Callable[[Any], Any] = lambda block: block,
+    placement: Any = UNPLACED,
     *,
     remat: Remat = "none",
     keep: bool = False,
@@ -37,7 +37,7 @@ def run_stack(
         x: what the first block reads.
         per_block: what `map_stack` returned for these blocks, a tree of such arrays, or None.
         apply: one block.
-        place_block: applied to a block first; placement rules go in here.
+        placement: of a block where it is used.
         remat: what the backward pass recomputes: nothing, whole blocks, or all but what
             linear layers return.
         keep: also returns what every block gave, as `map_stack` would.
@@ -45,7 +45,7 @@ def run_stack(
     policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR)}
 
     def placed(block: Any, x: Array, inputs: Any) -> Array:
-        return apply(place_block(block), x, inputs)
+        return apply(placement.block(block), x, inputs)
 
     # Placing is done again in the backward pass, too: weights are kept as they lie in the stack.
     run = placed if remat == "none" else jax.checkpoint(placed, policy=policies[remat])

@@ -1,4 +1,4 @@
-"""Where arrays lie on the devices: the mesh, and placement by path rules."""
+"""Where arrays lie on the devices: a mesh, and one object that is asked by what an array is."""
 
 import functools
 import math
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
@@ -21,18 +22,7 @@ from enat_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-Placement = Literal["replicated", "zero1", "zero2", "fsdp"]
-
-# what a placement splits over the axis `fsdp` between steps: names of a training state's parts
-_SPLIT: dict[str, Callable[[str], bool]] = {
-    "replicated": lambda part: False,
-    "zero1": lambda part: part.endswith("opt_state"),
-    "zero2": lambda part: True,
-    "fsdp": lambda part: True,
-}
-
-
-_SPLIT_WEIGHTS = ("zero2", "fsdp")
+Policy = Literal["replicated", "zero1", "zero2", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    placement: Placement = "zero2"
+    placement: Policy = "zero2"
 
 
 # path of a parameter -> how its last axes lie on the mesh; the first match counts
@@ -106,102 +96,231 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_heads(mesh: Mesh, num_heads: int) -> None:
-    """Refuses attention heads that the axis `tensor` cannot share.
+@dataclass(frozen=True)
+class Placement:
+    """Where each kind of array lies, and how it gets there.
 
-    Raises:
-        UserError: it does not divide them.
+    Models are given one (or `models.layers.UNPLACED`) for their activations and blocks; programs
+    ask it for the rest. Two with equal fields are equal, so that structures that hold them are.
+
+    Attributes:
+        mesh: devices along the axes `data`, `fsdp`, `tensor`.
+        policy: what the axis `fsdp` shares out, see `MeshConfig`.
     """
-    if num_heads % mesh.shape["tensor"]:
-        raise UserError(
-            f"config: mesh.tensor = {mesh.shape['tensor']} must divide model.num_heads ="
-            f" {num_heads}"
+
+    mesh: Mesh
+    policy: Policy = "zero2"
+
+    @classmethod
+    def of(cls, cfg: MeshConfig, devices: Sequence[Any] | None = None) -> "Placement":
+        """On a mesh made as a config says; errors as in `make_mesh`."""
+        return cls(make_mesh(cfg, devices), cfg.placement)
+
+    @property
+    def local(self) -> "Placement":
+        """The same on this process's devices alone."""
+        return Placement(self.mesh.local_mesh, self.policy)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The same on every device."""
+        return NamedSharding(self.mesh, P())
+
+    @property
+    def batch(self) -> NamedSharding:
+        """The first axis over all devices that hold different images."""
+        return NamedSharding(self.mesh, P(BATCH_AXES))
+
+    @property
+    def batch_shards(self) -> int:
+        """How many shares a batch is split into."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def check_heads(self, num_heads: int) -> None:
+        """Refuses attention heads that the axis `tensor` cannot share.
+
+        Raises:
+            UserError: it does not divide them.
+        """
+        if num_heads % self.mesh.shape["tensor"]:
+            raise UserError(
+                f"config: mesh.tensor = {self.mesh.shape['tensor']} must divide model.num_heads ="
+                f" {num_heads}"
+            )
+
+    # Between steps.
+
+    def state(self, parts: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """The shardings of a training state between steps, part by part.
+
+        Args:
+            parts: trees by name; a name that ends in `opt_state` is an optimiser's.
+        """
+        placed = {}
+        for part, tree in parts.items():
+            share = self._shards_weights or (self.policy == "zero1" and part.endswith("opt_state"))
+            placed[part] = self._by_rules(tree, lambda name, share=share: share)
+        return placed
+
+    def params(self, abstract: PyTree) -> PyTree:
+        """Shapes of parameters with the shardings that they have between steps."""
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            abstract,
+            self.state({"params": abstract})["params"],
         )
 
+    # Within a program.
 
-def place(tree: Any, mesh: Mesh, *, split: Callable[[str], bool] = lambda name: True) -> Any:
-    """The sharding of every leaf of a tree of parameters (or shaped like them), by path rules.
+    def weights(self, params: PyTree) -> PyTree:
+        """Parameters as they lie within a step, gathered at its start.
 
-    Args:
-        tree: arrays or their shapes.
-        mesh: the devices.
-        split: by a leaf's name, whether the axis `fsdp` shares it out.
-    """
-
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = (
-            ".".join(str(getattr(part, "key", getattr(part, "name", ""))) for part in path)
-            .removesuffix(".value")
-            .rstrip(".")
+        Embeddings are gathered at once even with `fsdp`: rows cannot be looked up in parts of them.
+        """
+        if not self._shards_weights:
+            return params
+        sharded = self._by_rules(
+            params,
+            lambda name: _stays_sharded(name) or (self.policy == "fsdp" and "kernel" in name),
         )
-        whole = not split(name)
-        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        if leaf.ndim < len(axes):
-            return NamedSharding(mesh, P())
-        sizes = leaf.shape[leaf.ndim - len(axes) :]
-        fitting = [
-            tuple(name for name in _names(axis) if not (whole and name == "fsdp")) for axis in axes
-        ]
-        fitting = [
-            names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
-            for names, size in zip(fitting, sizes, strict=True)
-        ]
-        fitting = [names[0] if len(names) == 1 else names or None for names in fitting]
-        return NamedSharding(mesh, P(*[None] * (leaf.ndim - len(axes)), *fitting))
+        return jax.lax.with_sharding_constraint(params, sharded)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    def block(self, block: Any) -> Any:
+        """A block of a stack where it is used.
 
+        Its gradients are split there and then, so that what devices exchange is their sum's share,
+        not the sum; with `fsdp` its weights are gathered.
+        """
+        if self.policy == "replicated":
+            return block
 
-def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if axis is None else (axis,) if isinstance(axis, str) else axis
+        def one(leaf: Array, sharded: NamedSharding, gathered: NamedSharding) -> Array:
+            return _constrained(leaf, gathered if self.policy == "fsdp" else None, sharded)
 
-
-def place_parts(parts: Mapping[str, Any], mesh: Mesh, placement: Placement) -> dict[str, Any]:
-    """The shardings of a training state between steps, part by part.
-
-    Args:
-        parts: trees by name; a name that ends in `opt_state` is an optimiser's.
-        mesh: the devices.
-        placement: what `fsdp` shares out.
-    """
-    return {
-        part: place(tree, mesh, split=lambda _, part=part: _SPLIT[placement](part))
-        for part, tree in parts.items()
-    }
-
-
-def gather_weights(mesh: Mesh, placement: Placement) -> Callable[[PyTree], PyTree]:
-    """What a step does first with parameters, so that they lie as `placement` has it in a step.
-
-    Embeddings are gathered at once even with `fsdp`: rows cannot be looked up in parts of them.
-    """
-
-    def split(name: str) -> bool:
-        return _stays_split(name) or (placement == "fsdp" and "kernel" in name)
-
-    def gather(params: PyTree) -> PyTree:
-        return jax.lax.with_sharding_constraint(params, place(params, mesh, split=split))
-
-    return gather if placement in _SPLIT_WEIGHTS else lambda params: params
-
-
-def place_block(mesh: Mesh, placement: Placement) -> Callable[[Any], Any]:
-    """What a step does with a block of a stack where it is used; for the model's callable.
-
-    Its gradients are split there and then, so that what devices exchange is their sum's share, not
-    the sum; with `fsdp` its weights are gathered.
-    """
-
-    def one(leaf: Array, split: NamedSharding, whole: NamedSharding) -> Array:
-        return _constrained(leaf, whole if placement == "fsdp" else None, split)
-
-    def place_leaves(block: Any) -> Any:
         graphdef, state = nnx.split(block)
-        split = place(state, mesh)
-        whole = place(state, mesh, split=_stays_split)
-        return nnx.merge(graphdef, jax.tree.map(one, state, split, whole))
+        gathered = self._by_rules(state, _stays_sharded)
+        return nnx.merge(graphdef, jax.tree.map(one, state, self._by_rules(state), gathered))
 
-    return (lambda block: block) if placement == "replicated" else place_leaves
+    def gradients(self, grads: PyTree) -> PyTree:
+        """Gradients of all parameters, as the optimiser's state lies."""
+        if self.policy == "replicated":
+            return grads
+        return jax.lax.with_sharding_constraint(grads, self._by_rules(grads))
+
+    def activations(self, x: Array, how: Literal["rows", "columns", "whole"]) -> Array:
+        """Activations of images.
+
+        By `rows`: split by images alone. Where weights are split, adaLN's stay so: its input is
+        then `whole` on the devices that share them, and its output first split by `columns`.
+        """
+
+        def lay(x: Array, *axes: Any) -> Array:
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
+
+        shape, between = self.mesh.shape, [None] * (x.ndim - 2)
+        if how == "rows" or not self._shards_weights:
+            return lay(x, BATCH_AXES)
+        if how == "whole" or x.shape[-1] % (shape["tensor"] * shape["fsdp"]):
+            return lay(x, "data")
+        x = lay(x, "data", *between, ("tensor", "fsdp"))
+        return lay(x, BATCH_AXES, *between, "tensor")  # one exchange: rows for columns
+
+    def map_in_chunks(self, function: Callable[[Any], Any], batch: Array, at_once: int) -> PyTree:
+        """Applies a function of a batch to a few items of every device at a time.
+
+        It saves memory; and since a device always meets the same number of items, filled up with
+        zeros at the end, an item's result does not depend on the size of the batch.
+
+        Args:
+            function: of arrays with the items along the first axis, to a tree of such arrays.
+            batch: its first axis lies as `self.batch` says.
+            at_once: items of a device in a call of the function.
+        """
+        shards = self.batch_shards
+        local = len(batch) // shards
+
+        def some(part: Array) -> PyTree:
+            made = function(rearrange(part, "s b ... -> (s b) ..."))
+            return jax.tree.map(lambda x: rearrange(x, "(s b) ... -> s b ...", s=shards), made)
+
+        # devices hold neighbouring items: each chunk takes some of every device's
+        rows = rearrange(batch, "(s l) ... -> s l ...", s=shards)
+        filled = jnp.pad(rows, [(0, 0), (0, -local % at_once)] + [(0, 0)] * (rows.ndim - 2))
+        made = jax.lax.map(some, rearrange(filled, "s (m b) ... -> m s b ...", b=at_once))
+
+        def joined(x: Array) -> Array:
+            rows = rearrange(x, "m s b ... -> s (m b) ...")[:, :local]
+            return rearrange(rows, "s l ... -> (s l) ...")
+
+        return jax.tree.map(joined, made)
+
+    # From processes to devices.
+
+    def put(self, tree: PyTree, sharding: PyTree = None) -> PyTree:
+        """Puts values that every process holds alike on the mesh.
+
+        Args:
+            tree: NumPy arrays, numbers, keys, or arrays of this process's devices.
+            sharding: of all leaves, or a tree of each one's; replicated by default.
+        """
+        if sharding is None:
+            sharding = self.replicated
+        if isinstance(sharding, Sharding):
+            sharding = jax.tree.map(lambda _: sharding, tree)
+        return jax.tree.map(_put, tree, sharding)
+
+    def own_rows(self, count: int) -> Int[np.ndarray, " r"]:
+        """Which rows of a batch of `count` lie on this process's devices, ascending."""
+        return _own_rows(self.batch, count)
+
+    def put_batch(self, own: np.ndarray, count: int) -> Array:
+        """A batch on the mesh, from the rows that every process has of it.
+
+        Args:
+            own: the rows that `own_rows(count)` names, in that order.
+            count: rows of the batch.
+        """
+        if self.batch.is_fully_addressable:
+            return jax.device_put(own, self.batch)
+        rows = self.own_rows(count)
+
+        def shard(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            first = int(np.searchsorted(rows, start))
+            return own[first : first + stop - start]
+
+        return jax.make_array_from_callback((count, *own.shape[1:]), self.batch, shard)
+
+    @property
+    def _shards_weights(self) -> bool:
+        return self.policy in ("zero2", "fsdp")
+
+    def _by_rules(self, tree: PyTree, sharded: Callable[[str], bool] = lambda name: True) -> PyTree:
+        """The sharding of every leaf by `RULES`; `sharded` tells where `fsdp` shares a leaf out."""
+
+        def sharding(path: Any, leaf: Any) -> NamedSharding:
+            name = (
+                ".".join(str(getattr(part, "key", getattr(part, "name", ""))) for part in path)
+                .removesuffix(".value")
+                .rstrip(".")
+            )
+            axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
+            if leaf.ndim < len(axes):
+                return self.replicated
+            share = sharded(name)
+            spec: list[Any] = [None] * (leaf.ndim - len(axes))
+            for axis, size in zip(axes, leaf.shape[leaf.ndim - len(axes) :], strict=True):
+                names = axis if isinstance(axis, tuple) else (axis,)
+                names = [name for name in names if name and (share or name != "fsdp")]
+                fits = size % math.prod(self.mesh.shape[name] for name in names) == 0
+                spec.append(tuple(names) if names and fits else None)
+            return NamedSharding(self.mesh, P(*(_single(axis) for axis in spec)))
+
+        return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _single(names: tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    return names[0] if names is not None and len(names) == 1 else names
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -216,51 +335,20 @@ _constrained.defvjp(
 )
 
 
-def _stays_split(name: str) -> bool:
+def _stays_sharded(name: str) -> bool:
     return "modulation" in name
 
 
-def split_gradients(mesh: Mesh, placement: Placement) -> Callable[[PyTree], PyTree]:
-    """What a step does with all gradients, so that they lie as the optimiser's state does."""
-
-    def split(grads: PyTree) -> PyTree:
-        return jax.lax.with_sharding_constraint(grads, place(grads, mesh))
-
-    return (lambda grads: grads) if placement == "replicated" else split
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis over all devices that hold different images."""
-    return NamedSharding(mesh, P(BATCH_AXES))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
-    return NamedSharding(mesh, P())
-
-
-def put(tree: Any, sharding: Any) -> Any:
-    """Puts values that every host holds alike on a mesh of any number of hosts.
-
-    Args:
-        tree: NumPy arrays, numbers, keys, or arrays of this host's devices.
-        sharding: of all leaves, or a tree of each one's.
-    """
-    if isinstance(sharding, Sharding):
-        sharding = jax.tree.map(lambda _: sharding, tree)
-
-    def one(value: Any, where: NamedSharding) -> Array:
-        if where.is_fully_addressable:
-            return jax.device_put(value, where)
-        if isinstance(value, jax.Array) and not value.is_fully_addressable:
-            return _relay(where)(value)  # it lies on the mesh already
-        if jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key):
-            words = one(jax.random.key_data(value), where)
-            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
-        host = np.asarray(value)
-        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-
-    return jax.tree.map(one, tree, sharding)
+def _put(value: Any, where: NamedSharding) -> Array:
+    if where.is_fully_addressable:
+        return jax.device_put(value, where)
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return _relay(where)(value)  # it lies on the mesh already
+    if jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key):
+        words = _put(jax.random.key_data(value), where)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 @functools.cache
@@ -269,56 +357,7 @@ def _relay(where: NamedSharding) -> Callable[[Array], Array]:
 
 
 @functools.lru_cache(maxsize=64)
-def own_rows(mesh: Mesh, count: int) -> Int[np.ndarray, " r"]:
-    """Which rows of a batch of `count` lie on this host's devices, ascending."""
-    where = batch_sharding(mesh).addressable_devices_indices_map((count,))
+def _own_rows(batch: NamedSharding, count: int) -> Int[np.ndarray, " r"]:
+    where = batch.addressable_devices_indices_map((count,))
     spans = {index[0].indices(count)[:2] for index in where.values() if index is not None}
     return np.concatenate([np.arange(*span) for span in sorted(spans)])
-
-
-def place_batch(own: np.ndarray, mesh: Mesh, count: int) -> Array:
-    """A batch on the mesh, from the rows that every host has of it.
-
-    Args:
-        own: the rows that `own_rows(mesh, count)` names, in that order.
-        mesh: the devices.
-        count: rows of the whole batch.
-    """
-    where = batch_sharding(mesh)
-    if where.is_fully_addressable:
-        return jax.device_put(own, where)
-    rows = own_rows(mesh, count)
-
-    def shard(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(count)
-        first = int(np.searchsorted(rows, start))
-        return own[first : first + stop - start]
-
-    return jax.make_array_from_callback((count, *own.shape[1:]), where, shard)
-
-
-def constrain_activations(mesh: Mesh, placement: Placement) -> Callable[[Array, str], Array]:
-    """How activations lie; for the callable that a model is given.
-
-    By `rows`: split by images alone. Where weights are split, adaLN's stay so: its input is then
-    `whole` on the devices that share them, and its output first split by `columns`.
-    """
-
-    def lay(x: Array, *axes: Any) -> Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
-
-    def constrain(x: Array, how: str) -> Array:
-        between = [None] * (x.ndim - 2)
-        if how == "rows" or placement not in _SPLIT_WEIGHTS:
-            return lay(x, BATCH_AXES)
-        if how == "whole" or x.shape[-1] % (mesh.shape["tensor"] * mesh.shape["fsdp"]):
-            return lay(x, "data")
-        x = lay(x, "data", *between, ("tensor", "fsdp"))
-        return lay(x, BATCH_AXES, *between, "tensor")  # one exchange: rows for columns
-
-    return constrain
-
-
-def batch_shards(mesh: Mesh) -> int:
-    """How many shares a batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -6,7 +6,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree, Shaped
 
 from enat_jax.config import Config
@@ -16,18 +15,7 @@ from enat_jax.errors import UserError
 from enat_jax.models.flops import step_flops
 from enat_jax.models.layers import cast_kernels
 from enat_jax.models.networks import Network, NetworkConfig, make_network
-from enat_jax.parallel.chunks import map_in_chunks
-from enat_jax.parallel.placement import (
-    batch_sharding,
-    batch_shards,
-    check_heads,
-    constrain_activations,
-    gather_weights,
-    place_block,
-    place_parts,
-    put,
-    replicated,
-)
+from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.levels import as_uint8
 from enat_jax.tokenizers.protocol import Tokenizer
 
@@ -35,29 +23,19 @@ Layers = Literal["auto", "stacked", "unstacked"]
 Output = Literal["token_ids", "floats", "uint8"]
 
 
-class SampleError(UserError):
-    """Something asked of a model that it cannot give; one line."""
-
-
 def abstract_params(cfg: NetworkConfig) -> tuple[Any, nnx.State]:
     """The network's structure and the shapes of its parameters, without any memory."""
     return nnx.split(nnx.eval_shape(lambda: make_network(cfg, rngs=nnx.Rngs(0))), nnx.Param)
 
 
-def placed_params(config: Config, mesh: Mesh) -> nnx.State:
-    """The shapes of the network's parameters, and where each lies on a mesh."""
-    return _placed(abstract_params(config.model)[1], config, mesh)
-
-
 class GenerationProgram:
-    """What a sampler runs, and where on a mesh everything lies that it is given.
+    """What a sampler runs, and where everything lies that it is given.
 
-    Nothing is allocated: the mesh's devices need not be there, and the tokenizer's weights may be
-    shapes (`tokenizer.abstract_tokenizer`).
+    Nothing is allocated: the devices need not be there, and the tokenizer's weights may be shapes.
 
     Args:
         config: the experiment's config.
-        mesh: devices to generate on, of any number of hosts.
+        placement: of the devices to generate on, of any number of processes.
         tokenizer: turns token ids into images; None where none are asked for.
         layers: `unstacked` gives every block arrays of its own, so that no step copies a layer's
             weights out of a stack: 1.5 times faster on CPU, but slower to compile. `auto` does
@@ -79,77 +57,66 @@ class GenerationProgram:
     def __init__(
         self,
         config: Config,
-        mesh: Mesh,
+        placement: Placement,
         tokenizer: Tokenizer | None,
         *,
         layers: Layers = "auto",
     ):
-        check_heads(mesh, config.model.num_heads)
-        self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        placement.check_heads(config.model.num_heads)
+        self.config, self.placement, self.tokenizer = config, placement, tokenizer
+        on_cpu = placement.mesh.devices.flat[0].platform == "cpu"
         self.decode_batch_size = config.sample.decode_batch_size or (1 if on_cpu else 8)
         self._unstacked = layers == "unstacked" or (layers == "auto" and on_cpu)
-        self.stored = placed_params(config, mesh)
-        self.params = _placed(jax.eval_shape(self._prepare, self.stored), config, mesh)
+        self.stored = placement.params(abstract_params(config.model)[1])
+        self.params = placement.params(jax.eval_shape(self._prepare, self.stored))
         self._graphdef = nnx.split(nnx.eval_shape(self._network), nnx.Param)[0]
-        self.run = jax.jit(
-            self._run,
-            static_argnames=("layout", "output"),
-            out_shardings=batch_sharding(mesh),
-        )
-        self.decode = jax.jit(
-            self._images, static_argnames="output", out_shardings=batch_sharding(mesh)
-        )
+        by_image = placement.batch
+        self.run = jax.jit(self._run, static_argnames=("layout", "output"), out_shardings=by_image)
+        self.decode = jax.jit(self._images, static_argnames="output", out_shardings=by_image)
         self._prepared = jax.jit(
             self._prepare, out_shardings=jax.tree.map(lambda x: x.sharding, self.params)
         )
 
     def prepare(self, params: nnx.State) -> nnx.State:
-        """Parameters as `run` takes them, from ones that every host has or that lie on the mesh.
+        """Parameters as `run` takes them, from ones that every process has or that are placed.
 
         Operands of matrix products are cast once, not at every step.
         """
 
-        def on_mesh(x: Any, described: Any) -> Any:
-            there = isinstance(x, jax.Array) and not x.is_fully_addressable
-            return x if there else put(x, described.sharding)
+        def placed(x: Any, described: Any) -> Any:
+            is_placed = isinstance(x, jax.Array) and not x.is_fully_addressable
+            return x if is_placed else self.placement.put(x, described.sharding)
 
-        return self._prepared(jax.tree.map(on_mesh, params, self.stored))
+        return self._prepared(jax.tree.map(placed, params, self.stored))
 
     def strategy(self, **changes: Any) -> GenerationStrategy:
         """The config's strategy, step by step, with some fields changed.
 
         Raises:
-            SampleError: an unknown field or one out of range.
+            UserError: an unknown field or one out of range.
         """
         try:
             changed = dataclasses.replace(self.config.strategy, **changes)
             return make_strategy(changed, self.config.model.length)
         except (TypeError, ValueError) as error:
-            raise SampleError(str(error)) from error
+            raise UserError(str(error)) from error
 
-    def plan(self, **strategy: Any) -> tuple[Layout, TracedStrategy]:
-        """What is compiled and what is traced for the config's strategy with some fields changed.
-
-        Raises:
-            SampleError: an unknown field or one out of range.
-        """
-        reuse = strategy.get("reuse", self.config.strategy.reuse)
-        return self.plan_steps(self.strategy(**strategy), reuse=reuse)
-
-    def plan_steps(
-        self, by_step: GenerationStrategy, *, reuse: bool
+    def plan(
+        self, by_step: GenerationStrategy | None = None, **strategy: Any
     ) -> tuple[Layout, TracedStrategy]:
-        """The same for any strategy, given step by step.
+        """What is compiled and what is traced of a strategy.
 
         Args:
-            by_step: the strategy.
-            reuse: whether steps read what earlier ones computed, if the network carries it.
+            by_step: the strategy, step by step; the config's by default.
+            strategy: fields of the config's strategy to change.
 
         Raises:
-            SampleError: a strategy that does not fit the network's length.
+            UserError: an unknown field, one out of range, or a strategy that does not fit the
+                network's length.
         """
         cfg = self.config
+        reuse = strategy.get("reuse", cfg.strategy.reuse)
+        by_step = by_step or self.strategy(**strategy)
         try:
             return plan_generation(
                 by_step,
@@ -161,13 +128,24 @@ class GenerationProgram:
                 max_padding=cfg.sample.max_padding,
             )
         except ValueError as error:
-            raise SampleError(str(error)) from error
+            raise UserError(str(error)) from error
 
     def batch_size(self, images: int | None = None) -> int:
         """Images in a call, of so many in all: a multiple of what the devices share a batch by."""
-        size = self.config.sample.batch_size
-        shards = batch_shards(self.mesh)
+        size, shards = self.config.sample.batch_size, self.placement.batch_shards
         return -(-min(size, images or size) // shards) * shards
+
+    def decoder(self, output: Output) -> PyTree:
+        """The tokenizer's weights where `output` needs them.
+
+        Raises:
+            UserError: images are asked of a model without a tokenizer.
+        """
+        if output == "token_ids":
+            return ()
+        if self.tokenizer is None:
+            raise UserError("tokenizer.name is 'none': this model gives token ids, not images")
+        return self.tokenizer.params
 
     def arguments(
         self, traced: TracedStrategy, *, output: Output, batch_size: int | None = None
@@ -183,44 +161,24 @@ class GenerationProgram:
             The network's parameters, the tokenizer's, class ids `[b]`, image ids `[b]`, the
             strategy's numbers and the key.
         """
-        ids = jax.ShapeDtypeStruct(
-            (batch_size or self.batch_size(),), jnp.int32, sharding=batch_sharding(self.mesh)
+        by_image, everywhere = self.placement.batch, self.placement.replicated
+        ids = jax.ShapeDtypeStruct((batch_size or self.batch_size(),), jnp.int32, sharding=by_image)
+        small = (self.decoder(output), traced, jax.eval_shape(lambda: jax.random.key(0)))
+        decoder, traced, key = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), small
         )
-        small = (traced, jax.eval_shape(lambda: jax.random.key(0)))
-        decoder = self.tokenizer.params if self.tokenizer and output != "token_ids" else ()
-        return (
-            self.params,
-            _shapes(decoder, replicated(self.mesh)),
-            ids,
-            ids,
-            *_shapes(small, replicated(self.mesh)),
-        )
+        return self.params, decoder, ids, ids, traced, key
 
     def lower(
         self, *, output: Output, batch_size: int | None = None, **strategy: Any
     ) -> jax.stages.Lowered:
-        """The program of a batch, ready to be compiled for the mesh's devices.
-
-        Args:
-            output: what it is to return.
-            batch_size: images in the call; `self.batch_size()` by default.
-            strategy: fields of the config's strategy to change, such as `steps`.
-
-        Raises:
-            SampleError: a strategy that cannot be.
-        """
+        """The program of a batch, ready to be compiled; arguments and errors as above."""
         layout, traced = self.plan(**strategy)
         arguments = self.arguments(traced, output=output, batch_size=batch_size)
         return self.run.lower(*arguments, layout=layout, output=output)
 
     def _network(self) -> Network:
-        placement = self.config.mesh.placement
-        model = make_network(
-            self.config.model,
-            rngs=nnx.Rngs(0),
-            constrain=constrain_activations(self.mesh, placement),
-            place_block=place_block(self.mesh, placement),
-        )
+        model = make_network(self.config.model, rngs=nnx.Rngs(0), placement=self.placement)
         return model.unstacked() if self._unstacked else model
 
     def _prepare(self, params: nnx.State) -> nnx.State:
@@ -242,8 +200,7 @@ class GenerationProgram:
         layout: Layout,
         output: Output,
     ) -> Array:
-        params = gather_weights(self.mesh, self.config.mesh.placement)(params)
-        model = nnx.merge(self._graphdef, params)
+        model = nnx.merge(self._graphdef, self.placement.weights(params))
         noise = image_noise(key, image_ids, model.cfg.codebook_size)
         token_ids, _ = generate(
             model, class_ids, strategy, noise, layout=layout, null_class_id=model.cfg.null_class_id
@@ -254,25 +211,11 @@ class GenerationProgram:
         self, decoder: PyTree, token_ids: Int[Array, "b n"], output: Output
     ) -> Shaped[Array, "b y x 3"]:
         """Decodes a batch, a few images of each device at a time."""
-        if self.tokenizer is None:
-            raise SampleError("tokenizer.name is 'none': this model gives token ids, not images")
-        decode, grid = self.tokenizer.decode, self.config.tokenizer.grid
+        self.decoder(output)  # refuses where there is none
+        tokenizer: Any = self.tokenizer
 
         def images(ids: Int[Array, "b n"]) -> Shaped[Array, "b y x 3"]:
-            floats = decode(decoder, ids, grid)
+            floats = tokenizer.decode(decoder, ids, self.config.tokenizer.grid)
             return as_uint8(floats) if output == "uint8" else floats
 
-        return map_in_chunks(images, token_ids, self.mesh, self.decode_batch_size)
-
-
-def _placed(abstract: nnx.State, config: Config, mesh: Mesh) -> nnx.State:
-    where = place_parts({"params": abstract}, mesh, config.mesh.placement)["params"]
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract,
-        where,
-    )
-
-
-def _shapes(tree: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+        return self.placement.map_in_chunks(images, token_ids, self.decode_batch_size)

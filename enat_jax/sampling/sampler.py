@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Int, UInt8
 
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_tokenizer
@@ -17,16 +17,11 @@ from enat_jax.config import Config, config_from_dict
 from enat_jax.core.generate import Layout, TracedStrategy
 from enat_jax.core.plans import padding
 from enat_jax.core.strategy import GenerationStrategy
+from enat_jax.errors import UserError
 from enat_jax.models.flops import generation_flops, step_flops
 from enat_jax.parallel.hosts import all_gather
-from enat_jax.parallel.placement import batch_sharding, make_mesh, put, replicated
-from enat_jax.sampling.program import (
-    GenerationProgram,
-    Layers,
-    Output,
-    SampleError,
-    placed_params,
-)
+from enat_jax.parallel.placement import Placement
+from enat_jax.sampling.program import GenerationProgram, Layers, Output, abstract_params
 from enat_jax.tokenizers.protocol import Tokenizer
 
 
@@ -38,8 +33,9 @@ class Sampler:
         params: the network's parameters, usually the moving average.
         class_names: names of the classes; their numbers by default.
         tokenizer: turns token ids into images; loaded as the config says by default.
-        mesh: devices to generate on, of any number of hosts; by default as the config says. All
-            hosts then make a sampler of the same things, and ask it for the same images together.
+        placement: of the devices to generate on, of any number of processes; by default as the
+            config says. All processes then make a sampler of the same things, and ask it for the
+            same images together.
         layers: as `GenerationProgram`'s.
     """
 
@@ -50,18 +46,16 @@ class Sampler:
         *,
         class_names: Sequence[str] | None = None,
         tokenizer: Tokenizer | None = None,
-        mesh: Mesh | None = None,
+        placement: Placement | None = None,
         layers: Layers = "auto",
     ):
         self.config = config
         self.class_names = list(class_names or map(str, range(config.model.num_classes)))
-        self.mesh = mesh or make_mesh(config.mesh)
+        self.placement = placement or Placement.of(config.mesh)
         self.tokenizer = tokenizer or load_tokenizer(
-            config.tokenizer, config.model.codebook_size, self.mesh
+            config.tokenizer, config.model.codebook_size, self.placement
         )
-        self.program = GenerationProgram(config, self.mesh, self.tokenizer, layers=layers)
-        self.decode_batch_size = self.program.decode_batch_size
-        self.generate_batch = self.program.run
+        self.program = GenerationProgram(config, self.placement, self.tokenizer, layers=layers)
         self.update(params)
 
     def update(self, params: nnx.State) -> None:
@@ -72,9 +66,11 @@ class Sampler:
         """As `GenerationProgram.strategy`."""
         return self.program.strategy(**changes)
 
-    def plan(self, **strategy: Any) -> tuple[Layout, TracedStrategy]:
+    def plan(
+        self, by_step: GenerationStrategy | None = None, **strategy: Any
+    ) -> tuple[Layout, TracedStrategy]:
         """As `GenerationProgram.plan`."""
-        return self.program.plan(**strategy)
+        return self.program.plan(by_step, **strategy)
 
     def describe(self, **strategy: Any) -> str:
         """One line on the plan: steps, buckets, FLOPs per image and what padding adds to them."""
@@ -97,8 +93,10 @@ class Sampler:
         output: Output,
         seed: int = 0,
         first: int = 0,
+        plan: tuple[Layout, TracedStrategy] | None = None,
+        run: Callable[..., Any] | None = None,
         **strategy: Any,
-    ) -> Iterator[tuple[int, Array]]:
+    ) -> Iterator[tuple[int, Any]]:
         """Generates on the devices, batch by batch; image i depends on seed, i and its class alone.
 
         Args:
@@ -107,6 +105,8 @@ class Sampler:
                 `[b y x 3]`, or those rounded to 256 levels.
             seed: of the noise.
             first: index of the first image to make; those before it were made already.
+            plan: what is compiled and traced, from `plan`; by default as `strategy` says.
+            run: makes a batch in place of `program.run`, of the same arguments.
             strategy: fields of the config's strategy to change, such as `steps`.
 
         Yields:
@@ -114,30 +114,20 @@ class Sampler:
             filled up.
 
         Raises:
-            SampleError: no images, a class id out of range, a strategy that cannot be, or images
+            UserError: no images, a class id out of range, a strategy that cannot be, or images
                 asked of a model without a tokenizer.
         """
-        if self.tokenizer is None and output != "token_ids":
-            raise SampleError("tokenizer.name is 'none': this model gives token ids, not images")
+        decoder, placement = self.program.decoder(output), self.placement
         classes = self._checked(class_ids)
-        layout, traced = self.plan(**strategy)
+        layout, traced = plan or self.plan(**strategy)
         size = self.program.batch_size(len(classes))
-        by_image = batch_sharding(self.mesh)
-        traced, key = put((traced, jax.random.key(seed)), replicated(self.mesh))
-        decoder = self.tokenizer.params if self.tokenizer and output != "token_ids" else ()
+        traced, key = placement.put((traced, jax.random.key(seed)))
+        run = run or self.program.run
         for start in range(first, len(classes), size):
-            ids = np.arange(start, start + size)
+            ids = np.arange(start, start + size, dtype=np.int32)
             batch = classes[np.minimum(ids, len(classes) - 1)]  # the last one is filled up
-            made = self.generate_batch(
-                self.params,
-                decoder,
-                put(batch, by_image),
-                put(ids.astype(np.int32), by_image),
-                traced,
-                key,
-                layout=layout,
-                output=output,
-            )
+            by_image = placement.put((batch, ids), placement.batch)
+            made = run(self.params, decoder, *by_image, traced, key, layout=layout, output=output)
             yield min(size, len(classes) - start), made
 
     def token_batches(
@@ -164,10 +154,10 @@ class Sampler:
         classes = np.asarray(class_ids)
         limit = self.config.model.num_classes
         if classes.ndim != 1 or not classes.size or not np.issubdtype(classes.dtype, np.integer):
-            raise SampleError(f"class_ids must be a list of whole numbers, not {class_ids!r}")
+            raise UserError(f"class_ids must be a list of whole numbers, not {class_ids!r}")
         wrong = sorted({int(c) for c in classes if not 0 <= c <= limit})
         if wrong:
-            raise SampleError(
+            raise UserError(
                 f"class ids {wrong} are out of range: 0 to {limit - 1}, or {limit} for any class"
             )
         return classes.astype(np.int32)
@@ -201,7 +191,8 @@ def restore(
         raise CheckpointError(f"{folder} holds no checkpoint of an image generator")
     # where it was trained does not say where it is used: the default mesh, unless overridden
     config = overrides({**metadata["config"], "mesh": {}})
-    target = placed_params(config, mesh or make_mesh(config.mesh))
+    placement = Placement(mesh, config.mesh.placement) if mesh else Placement.of(config.mesh)
+    target = placement.params(abstract_params(config.model)[1])
     found = checkpoints.restore({"ema": target}, step=step, warn=warn)
     assert found is not None  # its metadata were there
     return Restored(
@@ -213,14 +204,20 @@ def restore(
     )
 
 
-def sampler_of(restored: Restored, **options: Any) -> Sampler:
-    """A sampler of what `restore` read; options as `Sampler`'s.
+def sampler_of(restored: Restored, *, mesh: Mesh | None = None, layers: Layers = "auto") -> Sampler:
+    """A sampler of what `restore` read; arguments as in `load`.
 
     Raises:
         CheckpointError: the tokenizer is not the one whose tokens the model was trained on.
     """
     config, trained_on = restored.config, restored.tokenizer_digest
-    sampler = Sampler(config, restored.ema, class_names=restored.class_names, **options)
+    sampler = Sampler(
+        config,
+        restored.ema,
+        class_names=restored.class_names,
+        placement=Placement(mesh, config.mesh.placement) if mesh else None,
+        layers=layers,
+    )
     if sampler.tokenizer is not None and trained_on not in ("", sampler.tokenizer.digest):
         raise CheckpointError(
             f"tokenizer.weights = {config.tokenizer.weights!r} has digest"
@@ -246,7 +243,7 @@ def load(
         step: which checkpoint; the newest readable one by default.
         overrides: turns the stored config's fields into the config to use.
         warn: called with one line per damaged checkpoint passed over.
-        mesh: as `Sampler`'s.
+        mesh: devices to generate on, of any number of processes; all that there are by default.
         layers: as `Sampler`'s.
 
     Raises:

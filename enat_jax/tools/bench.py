@@ -22,7 +22,7 @@ from enat_jax.models.enat.flops import paper_gflops
 from enat_jax.models.flops import generation_flops, step_flops, training_flops
 from enat_jax.models.networks import make_network
 from enat_jax.parallel.accelerators import accelerator_of
-from enat_jax.parallel.placement import batch_sharding, make_mesh, replicated
+from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import Layers, Sampler
 from enat_jax.tokenizers.flops import decode_flops, encode_flops
@@ -101,7 +101,7 @@ def bench(
 
 def _count_flops(config: Config) -> dict[str, Any]:
     model = config.model
-    layout, _ = GenerationProgram(config, make_mesh(config.mesh), None).plan()
+    layout, _ = GenerationProgram(config, Placement.of(config.mesh), None).plan()
     plans = [plan for bucket in layout.buckets for plan in bucket.plans]
     case = {
         "what": "flops",
@@ -117,15 +117,15 @@ def _count_flops(config: Config) -> dict[str, Any]:
 def _bench_sample(
     config: Config, batch_sizes: Sequence[int], layers: Layers, repeats: int
 ) -> list[dict[str, Any]]:
-    mesh = make_mesh(config.mesh)
+    placement = Placement.of(config.mesh)
     init = jax.jit(lambda: nnx.split(make_network(config.model, rngs=nnx.Rngs(0)), nnx.Param)[1])
     bare = dataclasses.replace(config, tokenizer=TokenizerConfig(grid=config.tokenizer.grid))
-    sampler = Sampler(bare, init(), mesh=mesh, layers=layers)
+    sampler = Sampler(bare, init(), placement=placement, layers=layers)
     layout, traced = sampler.plan()
     flops = generation_flops(config.model, layout.buckets, padded=False)
     cases = []
     for batch in batch_sizes:
-        rows, whole = batch_sharding(mesh), replicated(mesh)
+        rows, whole = placement.batch, placement.replicated
         classes = jax.device_put(jnp.arange(batch) % config.model.num_classes, rows)
         images = jax.device_put(jnp.arange(batch), rows)
         inputs = (
@@ -136,7 +136,7 @@ def _bench_sample(
             *jax.device_put((traced, jax.random.key(0)), whole),
         )
         start = time.perf_counter()
-        program = sampler.generate_batch.lower(*inputs, layout=layout, output="token_ids").compile()
+        program = sampler.program.run.lower(*inputs, layout=layout, output="token_ids").compile()
         compile_seconds = time.perf_counter() - start
         seconds, ratio = _timed(lambda p=program, i=inputs: p(*i), batch * flops, repeats)
         cases.append(
@@ -158,15 +158,15 @@ def _bench_sample(
 
 
 def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
-    mesh = make_mesh(config.mesh)
-    run = Run(config, mesh)
+    placement = Placement.of(config.mesh)
+    run = Run(config, placement)
     batch = config.train.batch_size
     rng = np.random.default_rng(0)
-    rows = batch_sharding(mesh)
+    rows = placement.batch
     shape = (batch, config.model.length)
     tokens = jax.device_put(rng.integers(config.model.codebook_size, size=shape).astype("i4"), rows)
     classes = jax.device_put(rng.integers(config.model.num_classes, size=batch).astype("i4"), rows)
-    key = jax.device_put(jax.random.key(0), replicated(mesh))
+    key = jax.device_put(jax.random.key(0), placement.replicated)
     state = run.initial_state()
     start = time.perf_counter()
     program = run.programs[0].lower(state, tokens, classes, key).compile()
@@ -202,12 +202,12 @@ def _bench_vqgan(config: Config, way: str, dtype: str, batch: int, repeats: int)
     grid = config.tokenizer.grid
     graphdef, _ = abstract_vqgan(cfg)
     params = jax.jit(lambda: nnx.split(VQGAN(cfg, rngs=nnx.Rngs(0)), nnx.Param)[1])()
-    mesh = make_mesh(config.mesh)
+    placement = Placement.of(config.mesh)
     sides = [side * cfg.patch for side in grid]
     decoding = way == "decode"
     token_ids, images = jnp.zeros((batch, grid[0] * grid[1]), jnp.int32), jnp.ones((1, 1, 1, 3))
     data = token_ids if decoding else jnp.broadcast_to(images, (batch, *sides, 3))
-    params, data = jax.device_put((params, data), (replicated(mesh), batch_sharding(mesh)))
+    params, data = jax.device_put((params, data), (placement.replicated, placement.batch))
 
     def run(params: nnx.State, data: jax.Array) -> jax.Array:
         vqgan = nnx.merge(graphdef, params)

@@ -8,7 +8,7 @@ from typing import Any
 
 from enat_jax.config import Config
 from enat_jax.parallel.accelerators import Accelerator
-from enat_jax.parallel.placement import make_mesh
+from enat_jax.parallel.placement import Placement
 from enat_jax.tools.programs import Report, compile_program, programs
 from enat_jax.training.programs import images_per_round
 
@@ -59,9 +59,9 @@ def suggest(
         folder: where the compiler's answers are kept, see `compiler_answers.ask_compiler`.
         say: called with a line per compilation.
     """
-    mesh = make_mesh(config.mesh, devices)
-    unit = images_per_round(config, mesh)
-    per_row = unit / mesh.devices.size
+    placement = Placement.of(config.mesh, devices)
+    unit = images_per_round(config, placement)
+    per_row = unit / placement.mesh.devices.size
     fits = []
     for left, remat in zip((3, 2, 1), ("none", "dots", "block"), strict=True):
         reports: dict[int, Report] = {}
@@ -70,7 +70,7 @@ def suggest(
             model = dataclasses.replace(config.model, remat=remat)
             train = dataclasses.replace(config.train, batch_size=unit * rows)
             cfg = dataclasses.replace(config, model=model, train=train)
-            program = max(programs(cfg, mesh, ("train",)), key=lambda p: p.model_flops)
+            program = max(programs(cfg, placement, ("train",)), key=lambda p: p.model_flops)
             report = reports[rows] = compile_program(program, accelerator, folder)
             needed = report.needed or accelerator.memory + 1
             say(f"remat {remat}, {rows * per_row:g} images per device:"

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from enat_jax.config import Config
 from enat_jax.errors import UserError
 from enat_jax.models.flops import generation_flops, training_flops
 from enat_jax.parallel.accelerators import Accelerator, accelerator_of
-from enat_jax.parallel.placement import make_mesh
+from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.tools.compiler_answers import Memory, ask_compiler
 from enat_jax.tools.hlo import ProgramCounts, count_program
@@ -74,12 +73,14 @@ class Report:
     kept: bool
 
 
-def programs(config: Config, mesh: Mesh, kinds: Sequence[str] = KINDS) -> Iterator[Program]:
+def programs(
+    config: Config, placement: Placement, kinds: Sequence[str] = KINDS
+) -> Iterator[Program]:
     """The programs of a run on a mesh, of the kinds asked for.
 
     Args:
         config: the experiment.
-        mesh: devices, which need not be there.
+        placement: on devices that need not be there.
         kinds: any of `init`, `train` (as many as `train.programs`) and `sample` (token ids).
 
     Raises:
@@ -87,21 +88,21 @@ def programs(config: Config, mesh: Mesh, kinds: Sequence[str] = KINDS) -> Iterat
             does not divide over the mesh.
     """
     check(config, kinds)
-    devices = list(mesh.devices.flat)
+    devices = list(placement.mesh.devices.flat)
     if "init" in kinds or "train" in kinds:
-        run = Run(config, mesh)
+        run = Run(config, placement)
         if "init" in kinds:
             yield Program("init", run.init.lower, 0.0, devices)
         if "train" in kinds:
-            share = config.train.batch_size / mesh.devices.size
+            share = config.train.batch_size / placement.mesh.devices.size
             for number, plans in enumerate(run.plans):
                 flops = share * training_flops(config.model, plans)
                 lower = functools.partial(run.programs[number].lower, *run.arguments)
                 yield Program(f"train{number}", lower, flops, devices)
     if "sample" in kinds:
-        generation = GenerationProgram(config, mesh, None)
+        generation = GenerationProgram(config, placement, None)
         layout, _ = generation.plan()
-        share = generation.batch_size() / mesh.devices.size
+        share = generation.batch_size() / placement.mesh.devices.size
         flops = share * generation_flops(config.model, layout.buckets, padded=False)
         yield Program("sample", lambda: generation.lower(output="token_ids"), flops, devices)
 
@@ -140,7 +141,7 @@ def compile_programs(
     accelerator = accelerator_of(devices[0].device_kind)
     wanted = [
         program
-        for program in programs(config, make_mesh(config.mesh, devices), kinds)
+        for program in programs(config, Placement.of(config.mesh, devices), kinds)
         if not (only_first and re.fullmatch(r"train[1-9]\d*", program.name))
     ]
     with ThreadPoolExecutor(at_once) as pool:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from enat_jax.config import Config
 from enat_jax.config_file import ConfigError
@@ -15,18 +15,7 @@ from enat_jax.core.plans import training_plans
 from enat_jax.models.flops import training_flops
 from enat_jax.models.networks import make_network
 from enat_jax.parallel.accelerators import accelerator_of
-from enat_jax.parallel.placement import (
-    batch_sharding,
-    batch_shards,
-    check_heads,
-    constrain_activations,
-    gather_weights,
-    place_batch,
-    place_block,
-    place_parts,
-    replicated,
-    split_gradients,
-)
+from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import abstract_params
 from enat_jax.training.optim import learning_rate_schedule, make_optimizer
 from enat_jax.training.step import StepConfig, TrainState, training_step
@@ -37,16 +26,16 @@ class Run:
 
     Args:
         config: the experiment; its numbers of classes and codes are known.
-        mesh: the devices, which need not be there.
+        placement: on devices that need not be there.
 
     Raises:
         ConfigError: a batch or attention heads that do not divide over the mesh.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(self, config: Config, placement: Placement):
         cfg = config.train
-        _check(config, mesh)
-        self.config, self.mesh = config, mesh
+        _check(config, placement)
+        self.config, self.placement = config, placement
         self.schedule = learning_rate_schedule(config.optim, cfg.steps)
         self.optimizer = make_optimizer(config.optim, self.schedule)
         self.plans = training_plans(
@@ -61,16 +50,11 @@ class Run:
         self.abstract = jax.eval_shape(self._from_params, abstract)
         parts = self.abstract._asdict()
         del parts["step"]
-        placement = config.mesh.placement
-        self.sharding = TrainState(
-            step=cast(Any, replicated(mesh)), **place_parts(parts, mesh, placement)
-        )
-        hooks: dict[str, Any] = {
-            "constrain": constrain_activations(mesh, placement),
-            "place_block": place_block(mesh, placement),
-        }
+        self.sharding = TrainState(step=cast(Any, placement.replicated), **placement.state(parts))
         graphdef, _ = nnx.split(
-            nnx.eval_shape(lambda: make_network(config.model, rngs=nnx.Rngs(0), **hooks))
+            nnx.eval_shape(
+                lambda: make_network(config.model, rngs=nnx.Rngs(0), placement=placement)
+            )
         )
         step_cfg = StepConfig(
             class_dropout=cfg.class_dropout,
@@ -79,7 +63,7 @@ class Run:
             ema_decay=config.optim.ema_decay,
             accumulation=cfg.accumulation,
         )
-        batch, whole = batch_sharding(mesh), replicated(mesh)
+        batch, whole = placement.batch, placement.replicated
         self.init = jax.jit(self._initial, out_shardings=self.sharding)
         self.programs = [
             jax.jit(
@@ -89,8 +73,7 @@ class Run:
                     optimizer=self.optimizer,
                     plans=plans,
                     cfg=step_cfg,
-                    gather=gather_weights(mesh, placement),
-                    split=split_gradients(mesh, placement),
+                    placement=placement,
                 ),
                 in_shardings=(self.sharding, batch, batch, whole),
                 out_shardings=(self.sharding, whole),
@@ -118,13 +101,13 @@ class Run:
         def at(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-        count, batch = self.config.train.batch_size, batch_sharding(self.mesh)
+        count, batch = self.config.train.batch_size, self.placement.batch
         key = jax.eval_shape(lambda: jax.random.key(0))
         return (
             jax.tree.map(at, self.abstract, self.sharding),
             jax.ShapeDtypeStruct((count, self.config.model.length), jnp.int32, sharding=batch),
             jax.ShapeDtypeStruct((count,), jnp.int32, sharding=batch),
-            at(key, replicated(self.mesh)),
+            at(key, self.placement.replicated),
         )
 
     def program(self, step: int) -> int:
@@ -139,7 +122,7 @@ class Run:
         """One optimiser step on this host's rows of the batch."""
         count = self.config.train.batch_size
         tokens, classes = (
-            place_batch(batch[name], self.mesh, count) for name in ("token_ids", "class_ids")
+            self.placement.put_batch(batch[name], count) for name in ("token_ids", "class_ids")
         )
         return self.programs[self.program(step)](state, tokens, classes, key)
 
@@ -156,23 +139,23 @@ class Run:
             "learning_rate": float(self.schedule(done - 1)),
             "teraflops_per_second": rate / 1e12,
         }
-        accelerator = accelerator_of(self.mesh.devices.flat[0].device_kind)
+        accelerator = accelerator_of(self.placement.mesh.devices.flat[0].device_kind)
         if accelerator is not None:
-            values["mfu"] = rate / (accelerator.flops * self.mesh.devices.size)
+            values["mfu"] = rate / (accelerator.flops * self.placement.mesh.devices.size)
         return values
 
 
-def images_per_round(config: Config, mesh: Mesh) -> int:
+def images_per_round(config: Config, placement: Placement) -> int:
     """Images of a batch in which every device has one row per microbatch."""
-    return batch_shards(mesh) * config.train.images_per_row * config.train.accumulation
+    return placement.batch_shards * config.train.images_per_row * config.train.accumulation
 
 
-def _check(config: Config, mesh: Mesh) -> None:
-    check_heads(mesh, config.model.num_heads)
-    cfg, unit = config.train, images_per_round(config, mesh)
+def _check(config: Config, placement: Placement) -> None:
+    placement.check_heads(config.model.num_heads)
+    cfg, unit = config.train, images_per_round(config, placement)
     if cfg.batch_size % unit:
         raise ConfigError(
             f"config: train.batch_size = {cfg.batch_size} must be a multiple of {unit}:"
-            f" {batch_shards(mesh)} devices x {cfg.images_per_row} images a row x"
+            f" {placement.batch_shards} devices x {cfg.images_per_row} images a row x"
             f" {cfg.accumulation} microbatches"
         )

@@ -1,6 +1,6 @@
 """One optimiser step on rows that pack images with different plans."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from enat_jax.core.plans import Plan
-from enat_jax.models.layers import cast_kernels
+from enat_jax.models.layers import UNPLACED, cast_kernels
 from enat_jax.training.losses import masked_cross_entropy
 from enat_jax.training.optim import skip_unless_finite, update_ema
 
@@ -176,8 +176,7 @@ def training_step(
     optimizer: optax.GradientTransformation,
     plans: Sequence[Plan],
     cfg: StepConfig,
-    gather: Callable[[Any], Any] = lambda weights: weights,
-    split: Callable[[Any], Any] = lambda grads: grads,
+    placement: Any = UNPLACED,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step; jit it with everything after `key` fixed.
 
@@ -192,15 +191,16 @@ def training_step(
         optimizer: its gradient transformation.
         plans: the plan of each image in a row.
         cfg: the step's settings.
-        gather: applied to the weights before their use; placement rules go in here.
-        split: applied to the gradients before theirs.
+        placement: where weights and gradients lie.
 
     Returns:
         The state after the step; its loss, gradient norm, and 1 if it was skipped.
     """
     model = nnx.merge(graphdef, state.params)
     dtype = jnp.dtype(model.cfg.dtype)
-    weights, ema_weights = (gather(cast_kernels(tree, dtype)) for tree in (state.params, state.ema))
+    weights, ema_weights = (
+        placement.weights(cast_kernels(tree, dtype)) for tree in (state.params, state.ema)
+    )
     draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     tokens = rearrange(token_ids, "(b g) l -> b g l", g=len(plans))
     draws = make_draws(
@@ -226,7 +226,9 @@ def training_step(
             )
 
         value, grads = jax.value_and_grad(loss)(weights)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), split(grads), state.params)
+        grads = jax.tree.map(
+            lambda g, p: g.astype(p.dtype), placement.gradients(grads), state.params
+        )
         return value, grads
 
     if cfg.accumulation == 1:

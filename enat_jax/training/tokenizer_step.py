@@ -1,6 +1,5 @@
 """One optimiser step of a VQGAN's training, with its losses and the care of its codebook."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +10,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
+from enat_jax.models.layers import UNPLACED
 from enat_jax.tokenizers.discriminator import hinge_loss
 from enat_jax.tokenizers.vqgan import VQGAN
 from enat_jax.training.optim import skip_unless_finite, update_ema
@@ -216,8 +216,7 @@ def tokenizer_step(
     cfg: LossConfig,
     ema_decay: float,
     quantised: bool = True,
-    gather: Callable[[Any], Any] = lambda weights: weights,
-    split: Callable[[Any], Any] = lambda grads: grads,
+    placement: Any = UNPLACED,
 ) -> tuple[TokenizerState, dict[str, Float[Array, ""]]]:
     """One optimiser step; jit it with everything after `lpips` fixed.
 
@@ -236,8 +235,7 @@ def tokenizer_step(
         cfg: the losses.
         ema_decay: of the parameters' moving average.
         quantised: whether the codebook takes part.
-        gather: applied to weights before their use; placement rules go in here.
-        split: applied to gradients before theirs.
+        placement: where weights and gradients lie.
 
     Returns:
         The state after the step; its losses, gradient norm, use of the codebook, and 1 if it was
@@ -253,11 +251,13 @@ def tokenizer_step(
             cfg,
             quantised=quantised,
             lpips=distance and nnx.merge(distance, lpips),
-            discriminator=judge and nnx.merge(judge, gather(state.discriminator)),
+            discriminator=judge and nnx.merge(judge, placement.weights(state.discriminator)),
         )
 
-    (total, outcome), grads = jax.value_and_grad(loss, has_aux=True)(gather(state.params))
-    grads = split(grads)
+    (total, outcome), grads = jax.value_and_grad(loss, has_aux=True)(
+        placement.weights(state.params)
+    )
+    grads = placement.gradients(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
     ema = update_ema(state.ema, params, ema_decay)
@@ -275,8 +275,8 @@ def tokenizer_step(
             made = jax.lax.stop_gradient(outcome.reconstruction)
             return hinge_loss(network(pixels), network(made))
 
-        told, grads = jax.value_and_grad(verdicts)(gather(state.discriminator))
-        grads = split(grads)
+        told, grads = jax.value_and_grad(verdicts)(placement.weights(state.discriminator))
+        grads = placement.gradients(grads)
         updates, discriminator_opt_state = discriminator_optimizer.update(
             grads, state.discriminator_opt_state, state.discriminator
         )

@@ -18,7 +18,7 @@ from enat_jax.data.batches import RecordInfo, record_info, training_batches
 from enat_jax.data.pictures import image_grid
 from enat_jax.data.stream import Share
 from enat_jax.parallel import hosts
-from enat_jax.parallel.placement import make_mesh, own_rows, put, replicated
+from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.sampler import Sampler
 from enat_jax.tokenizers.protocol import Tokenizer
 from enat_jax.training.loop import (
@@ -57,9 +57,9 @@ def train(
     config = _with_counts(config, info)
     require_same_run(config, workdir, dataclasses.asdict(info))
     _check_records(config, info)
-    mesh = make_mesh(config.mesh)
-    run = Run(config, mesh)
-    tokenizer = load_tokenizer(config.tokenizer, config.model.codebook_size, mesh)
+    placement = Placement.of(config.mesh)
+    run = Run(config, placement)
+    tokenizer = load_tokenizer(config.tokenizer, config.model.codebook_size, placement)
     _check_tokenizer(config, tokenizer, info)
     workdir = open_workdir(workdir)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep)
@@ -77,7 +77,7 @@ def _train(
     checkpoints: Checkpoints,
     say: Callable[[str], object],
 ) -> None:
-    config, cfg, mesh = run.config, run.config.train, run.mesh
+    config, cfg, placement = run.config, run.config.train, run.placement
     metadata = {
         "config": dataclasses.asdict(config),
         "class_names": list(info.class_names),
@@ -104,25 +104,24 @@ def _train(
     if start >= cfg.steps:
         say(f"{workdir} is trained already: {start} of {cfg.steps} steps")
         return
-    whole = replicated(mesh)
     state = (
-        TrainState(step=put(np.int32(start), whole), **found.trees)
+        TrainState(step=placement.put(np.int32(start)), **found.trees)
         if found
         else run.initial_state()
     )
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     say(
         f"training {size / 1e6:.4g}M parameters on {info.num_records} records of"
-        f" {config.data.name}, steps {start} to {cfg.steps}, on {mesh.devices.size} x"
+        f" {config.data.name}, steps {start} to {cfg.steps}, on {placement.mesh.devices.size} x"
         f" {jax.devices()[0].device_kind}"
     )
-    share = Share(cfg.batch_size, own_rows(mesh, cfg.batch_size), images)
+    share = Share(cfg.batch_size, placement.own_rows(cfg.batch_size), images)
     run_steps(
         _Steps(run, info, tokenizer, workdir),
         state,
         start,
         training_batches(config.data, share, seed=cfg.seed),
-        put(jax.random.key(cfg.seed), whole),
+        placement.put(jax.random.key(cfg.seed)),
         cfg,
         workdir=workdir,
         checkpoints=checkpoints,
@@ -163,7 +162,7 @@ class _Steps:
                 state.ema,
                 class_names=info.class_names,
                 tokenizer=self.tokenizer,
-                mesh=self.run.mesh,
+                placement=self.run.placement,
             )
         else:
             self.sampler.update(state.ema)

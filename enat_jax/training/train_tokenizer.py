@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from enat_jax.checkpoints.resume import resume
@@ -25,18 +24,7 @@ from enat_jax.data.stream import Share
 from enat_jax.evaluation.lpips_weights import load_lpips
 from enat_jax.evaluation.reconstructions import HeldOut, read_images
 from enat_jax.parallel import hosts
-from enat_jax.parallel.placement import (
-    batch_sharding,
-    batch_shards,
-    gather_weights,
-    make_mesh,
-    own_rows,
-    place_batch,
-    place_parts,
-    put,
-    replicated,
-    split_gradients,
-)
+from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.discriminator import Discriminator
 from enat_jax.tokenizers.vqgan import VQGAN
 from enat_jax.training.loop import (
@@ -77,9 +65,9 @@ def train_tokenizer(
     say = hosts.primary_only(say)
     source = open_images(config.images)
     require_same_run(config, workdir, {"images": len(source)})
-    mesh = make_mesh(config.mesh)
-    _check_batch(config, mesh)
-    run = TokenizerRun(config, mesh)
+    placement = Placement.of(config.mesh)
+    _check_batch(config, placement)
+    run = TokenizerRun(config, placement)
     held_out = _held_out(run, source, say)
     workdir = open_workdir(workdir)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep)
@@ -97,7 +85,7 @@ def _train(
     checkpoints: Checkpoints,
     say: Callable[[str], object],
 ) -> None:
-    config, cfg, mesh = run.config, run.config.train, run.mesh
+    config, cfg, placement = run.config, run.config.train, run.placement
     metadata = {
         "kind": "vqgan",
         "vqgan": dataclasses.asdict(config.model),
@@ -127,7 +115,7 @@ def _train(
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     say(
         f"training a VQGAN of {size / 1e6:.4g}M parameters on {source.summary}, steps {start} to"
-        f" {cfg.steps}, on {mesh.devices.size} x {jax.devices()[0].device_kind}"
+        f" {cfg.steps}, on {placement.mesh.devices.size} x {jax.devices()[0].device_kind}"
     )
     reader = Reader(
         source,
@@ -136,14 +124,14 @@ def _train(
         max_unreadable=config.images.max_unreadable,
         warn=say,
     )
-    share = Share(cfg.batch_size, own_rows(mesh, cfg.batch_size), images)
+    share = Share(cfg.batch_size, placement.own_rows(cfg.batch_size), images)
     threads = config.images.read_threads
     run_steps(
         _Steps(run, held_out, workdir, say),
         state,
         start,
         image_batches(reader, len(source), share, seed=cfg.seed, threads=threads),
-        put(jax.random.key(cfg.seed), replicated(mesh)),
+        placement.put(jax.random.key(cfg.seed)),
         cfg,
         workdir=workdir,
         checkpoints=checkpoints,
@@ -156,8 +144,8 @@ def _train(
 class TokenizerRun:
     """The compiled side of a run: its programs, and where their arrays lie."""
 
-    def __init__(self, config: TokenizerRunConfig, mesh: Mesh):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: TokenizerRunConfig, placement: Placement):
+        self.config, self.placement = config, placement
         self.schedule = learning_rate_schedule(config.optim, config.train.steps)
         self.optimizer = make_optimizer(config.optim, self.schedule)
         rate, betas = config.discriminator.learning_rate, config.discriminator.betas
@@ -169,11 +157,11 @@ class TokenizerRun:
             judge = nnx.graphdef(nnx.eval_shape(self._discriminator))
         if config.loss.lpips_weights:
             lpips, state = nnx.split(load_lpips(config.loss.lpips_weights))
-            self.lpips = put(state, replicated(mesh))
+            self.lpips = placement.put(state)
         self.networks = Networks(self.graphdef, judge, lpips)
         self.abstract = jax.eval_shape(self._state)
         parts = {k: v for k, v in self.abstract._asdict().items() if v is not None}
-        self.sharding = self.abstract._replace(**place_parts(parts, mesh, config.mesh.placement))
+        self.sharding = self.abstract._replace(**placement.state(parts))
         start = functools.partial(codebook_from_images, graphdef=self.graphdef)
         self.begin_codebook = jax.jit(start, out_shardings=self.sharding, donate_argnums=0)
         # one program for each part of the run: with and without codebook and discriminator
@@ -213,10 +201,10 @@ class TokenizerRun:
         """The state that a checkpoint holds."""
         trees = {**trees, "idle": trees["codes"]["idle"]}
         del trees["codes"]
-        return TokenizerState(step=put(np.int32(step), replicated(self.mesh)), **trees)
+        return TokenizerState(step=self.placement.put(np.int32(step)), **trees)
 
     def _program(self, quantised: bool, judged: bool) -> Callable[..., Any]:
-        whole, placement = replicated(self.mesh), self.config.mesh.placement
+        whole = self.placement.replicated
         step = functools.partial(
             tokenizer_step,
             networks=self.networks if judged else self.networks._replace(discriminator=None),
@@ -225,12 +213,11 @@ class TokenizerRun:
             cfg=self.config.loss,
             ema_decay=self.config.optim.ema_decay,
             quantised=quantised,
-            gather=gather_weights(self.mesh, placement),
-            split=split_gradients(self.mesh, placement),
+            placement=self.placement,
         )
         return jax.jit(
             step,
-            in_shardings=(self.sharding, batch_sharding(self.mesh), whole, whole),
+            in_shardings=(self.sharding, self.placement.batch, whole, whole),
             out_shardings=(self.sharding, whole),
             donate_argnums=0,
         )
@@ -240,7 +227,7 @@ class TokenizerRun:
     ) -> tuple[TokenizerState, Metrics]:
         """One optimiser step on this host's rows of the batch."""
         loss = self.config.loss
-        images = place_batch(batch, self.mesh, self.config.train.batch_size)
+        images = self.placement.put_batch(batch, self.config.train.batch_size)
         if step == loss.codebook_start:
             state = self.begin_codebook(state, images, key)
         judged = loss.adversarial > 0 and step >= loss.adversarial_start
@@ -298,7 +285,7 @@ def _held_out(run: TokenizerRun, source: ImageSource, say: Callable[[str], objec
         run.graphdef,
         run.config.model.codebook_size,
         read_images(source, cfg.images, run.config.train.image_size, warn=say),
-        run.mesh,
+        run.placement,
         name=name,
         batch_size=cfg.batch_size,
         pictures=cfg.pictures,
@@ -306,8 +293,8 @@ def _held_out(run: TokenizerRun, source: ImageSource, say: Callable[[str], objec
     )
 
 
-def _check_batch(config: TokenizerRunConfig, mesh: Mesh) -> None:
-    shards, batch_size = batch_shards(mesh), config.train.batch_size
+def _check_batch(config: TokenizerRunConfig, placement: Placement) -> None:
+    shards, batch_size = placement.batch_shards, config.train.batch_size
     if batch_size % shards:
         raise ConfigError(
             f"config: train.batch_size = {batch_size} must be a multiple of the {shards} devices"

@@ -4,7 +4,7 @@ import pytest
 
 from enat_jax.checkpoints.resume import resume
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
-from enat_jax.parallel.placement import MeshConfig, make_mesh, replicated
+from enat_jax.parallel.placement import MeshConfig, Placement
 
 CONFIG = {"model": {"width": 8, "grid": (2, 3), "remat": "none"}, "train": {"steps": 5}}
 STREAM = {"train.seed": 0, "records": 10}
@@ -18,7 +18,7 @@ def checkpoints(tmp_path):
 
 
 def go_on(checkpoints, config=CONFIG, stream=STREAM, said=None):
-    where = replicated(make_mesh(MeshConfig(), jax.devices()[:1]))
+    where = Placement.of(MeshConfig(), jax.devices()[:1]).replicated
     abstract = {"params": {"w": jax.ShapeDtypeStruct((3,), np.float32)}}
     return resume(
         checkpoints, abstract, jax.tree.map(lambda _: where, abstract), config=config,

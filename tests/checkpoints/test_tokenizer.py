@@ -16,7 +16,7 @@ from enat_jax.checkpoints.tokenizer import (
 )
 from enat_jax.config import TokenizerConfig
 from enat_jax.config_file import ConfigError
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.tokenizers.pixels import Pixels
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -79,11 +79,11 @@ class TestVQGAN:
         assert cfg == dataclasses.replace(CFG, dtype="bfloat16")
 
     def test_weights_lie_on_every_device_of_the_mesh(self, workdir):
-        mesh = make_mesh(MeshConfig())
-        tokenizer = load_tokenizer(config(workdir), 7, mesh)
+        placement = Placement.of(MeshConfig())
+        tokenizer = load_tokenizer(config(workdir), 7, placement)
         for leaf in jax.tree.leaves(tokenizer.params):
             assert leaf.sharding.is_fully_replicated
-            assert leaf.sharding.mesh == mesh
+            assert leaf.sharding.mesh == placement.mesh
 
     def test_any_codebook_is_taken_where_the_network_has_none_yet(self, workdir):
         assert load_tokenizer(config(workdir), 0).codebook_size == 7

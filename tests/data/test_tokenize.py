@@ -24,7 +24,7 @@ from enat_jax.data.tokenize import (
     compiled_encoder,
     tokenize,
 )
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 
 LEVELS = 50
 GRID = (3, 3)
@@ -75,7 +75,10 @@ def pictures(tmp_path_factory):
 
 def run(images, data_dir, *, tokenizer=None, batch_size=4, devices=1, said=None, **options):
     """Tokenizes with what most tests do not care about."""
-    options = {"grid": GRID, "mesh": make_mesh(MeshConfig(), jax.devices()[:1] * devices)} | options
+    options = {
+        "grid": GRID,
+        "placement": Placement.of(MeshConfig(), jax.devices()[:1] * devices),
+    } | options
     tokenize(
         images,
         tokenizer or Patches(),
@@ -174,7 +177,7 @@ from unittest import mock
 import jax
 from enat_jax.data.batches import records
 from enat_jax.data.image_source import ImageConfig
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.data.tokenize import tokenize
 from tests.data.test_tokenize import GRID, Patches
 
@@ -182,8 +185,8 @@ images = ImageConfig(folder=sys.argv[1], max_unreadable=0.1, shard_size=6)
 out = pathlib.Path(sys.argv[2])
 
 def run(folder, **options):
-    mesh = make_mesh(MeshConfig())
-    tokenize(images, Patches(), "pictures", folder, grid=GRID, batch_size=4, mesh=mesh)
+    placement = Placement.of(MeshConfig())
+    tokenize(images, Patches(), "pictures", folder, grid=GRID, batch_size=4, placement=placement)
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -369,7 +372,7 @@ def test_pixels_reach_the_tokenizer_between_0_and_1():
     plan = RecordPlan("x", "seen", "", 256, GRID, 12, True, "", "", 1, ("a",), 1)
     images = np.random.default_rng(0).integers(0, 256, (2, 12, 12, 3), np.uint8)
     images[0, 0, 0], images[0, 0, 4] = 0, 255
-    encode = compiled_encoder(Seen(), plan, 2, make_mesh(MeshConfig(), jax.devices()[:1]))
+    encode = compiled_encoder(Seen(), plan, 2, Placement.of(MeshConfig(), jax.devices()[:1]))
     found = np.asarray(encode(images))
     assert found.shape == (2, 2, 9)
     np.testing.assert_array_equal(found[:, 0], images[:, ::4, ::4, 0].reshape(2, 9))
@@ -383,9 +386,9 @@ def test_weights_are_passed_to_the_program_and_not_written_into_it():
 
     tokenizer = Shifted(params=jnp.full((500, 500), 7))
     plan = RecordPlan("x", "seen", "", 99, GRID, 12, True, "", "", 1, ("a",), 1)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    placement = Placement.of(MeshConfig(), jax.devices()[:1])
     images = np.zeros((2, 12, 12, 3), np.uint8)
-    assert np.all(np.asarray(compiled_encoder(tokenizer, plan, 2, mesh)(images)) == 7)
+    assert np.all(np.asarray(compiled_encoder(tokenizer, plan, 2, placement)(images)) == 7)
     text = jax.jit(tokenizer.encode).lower(tokenizer.params, images / 255).as_text()
     assert len(text) < 20000  # of 250,000 numbers
 
@@ -412,8 +415,8 @@ def test_another_number_of_tokens_than_the_grid_has_is_refused(pictures, tmp_pat
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(pictures, name, change, message, tmp_path):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    options = {"grid": GRID, "batch_size": 4, "mesh": mesh} | change
+    placement = Placement.of(MeshConfig(), jax.devices()[:1])
+    options = {"grid": GRID, "batch_size": 4, "placement": placement} | change
     with pytest.raises(TokenizeError, match=message):
         tokenize(pictures, Patches(), name, tmp_path, **options)
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from enat_jax.evaluation.inception import Features, Inception
 from enat_jax.evaluation.objective import ObjectiveConfig, is_finite, make_objective
 from enat_jax.evaluation.reference import Reference
 from enat_jax.evaluation.scores import frechet_distance_of_moments
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 
 P = 5  # features in place of Inception's
 DIGITS = load_config("configs/digits.py")
@@ -34,7 +34,7 @@ class FakeInception(Inception):
 
 def made(name, generator=DIGITS, **options):
     return make_objective(
-        ObjectiveConfig(name=name, **options), generator, make_mesh(MeshConfig(data=1))
+        ObjectiveConfig(name=name, **options), generator, Placement.of(MeshConfig(data=1))
     )
 
 

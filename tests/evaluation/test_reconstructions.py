@@ -10,7 +10,7 @@ from enat_jax.evaluation import reconstructions as held_out_module
 from enat_jax.evaluation.inception import Features
 from enat_jax.evaluation.reconstructions import HeldOut, psnr, read_images, usage
 from enat_jax.evaluation.scores import frechet_distance
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.support.on_hosts import on_two_hosts
 
@@ -28,8 +28,8 @@ def split():
 
 def look(split, batch_size, **options):
     options = {"name": "held_out", "pictures": 3, **options}
-    mesh = make_mesh(MeshConfig())
-    return HeldOut(split[0], 8, IMAGES, mesh, batch_size=batch_size, **options)(split[1])
+    placement = Placement.of(MeshConfig())
+    return HeldOut(split[0], 8, IMAGES, placement, batch_size=batch_size, **options)(split[1])
 
 
 def test_scores_are_those_of_the_reconstructions(split):
@@ -69,7 +69,7 @@ def test_rfid_is_between_originals_and_reconstructions(split, monkeypatch):
     class Extractor:
         """The first 16 values of an image."""
 
-        def __init__(self, inception, mesh):
+        def __init__(self, inception, placement):
             assert inception == "weights.pth"
 
         def __call__(self, images):
@@ -89,11 +89,11 @@ def test_rfid_is_between_originals_and_reconstructions(split, monkeypatch):
 
 TWO_HOSTS = """
 import json
-import test_held_out as t
+import tests.evaluation.test_reconstructions as t
 from flax import nnx
-from enat_jax.parallel.placement import make_mesh, MeshConfig, put, replicated
+from enat_jax.parallel.placement import MeshConfig, Placement
 class Extractor:
-    def __init__(self, inception, mesh):
+    def __init__(self, inception, placement):
         pass
     def __call__(self, images):
         values = images.reshape(len(images), -1)[:, :16].astype("float32")
@@ -102,7 +102,7 @@ t.held_out_module.FeatureExtractor = Extractor
 t.held_out_module.load_inception = lambda path: path
 t.held_out_module._NO_MOMENTS = t.held_out_module.Moments.empty(16)
 graphdef, params = nnx.split(t.VQGAN(t.CFG, rngs=nnx.Rngs(0)), nnx.Param)
-params = put(params, replicated(make_mesh(MeshConfig())))
+params = Placement.of(MeshConfig()).put(params)
 found = t.look((graphdef, params), 5, inception="weights.pth")
 with open(f"{arguments[0]}/{process}.json", "w") as file:
     json.dump([found.scores, found.picture.tolist()], file)

@@ -9,7 +9,7 @@ from enat_jax.errors import UserError
 from enat_jax.evaluation import statistics as job
 from enat_jax.evaluation.inception import Features, Inception
 from enat_jax.evaluation.statistics import reference_statistics
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 from tests.support.on_hosts import on_two_hosts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,7 +59,8 @@ def pictures(tmp_path):
 def run(folder, out, *, said=None, **images):
     reference_statistics(
         ImageConfig(folder=str(folder), **images), EvaluateConfig(inception="x", batch_size=4),
-        out, size=4, mesh=make_mesh(MeshConfig()), say=([] if said is None else said).append,
+        out, size=4, placement=Placement.of(MeshConfig()),
+        say=([] if said is None else said).append,
     )  # fmt: skip
     with np.load(out) as arrays:
         return dict(arrays)
@@ -107,14 +108,14 @@ def test_without_weights_the_field_is_named(pictures, tmp_path):
     with pytest.raises(UserError, match=r"evaluate\.inception must name a file"):
         reference_statistics(
             ImageConfig(folder=str(pictures[0])), EvaluateConfig(), tmp_path / "s.npz", size=4,
-            mesh=make_mesh(MeshConfig()), say=print,
+            placement=Placement.of(MeshConfig()), say=print,
         )  # fmt: skip
 
 
 TWO_HOSTS = """
 import builtins, pathlib
 import pytest
-import test_reference_statistics as t
+import tests.evaluation.test_statistics as t
 from enat_jax.errors import UserError
 t.patch(builtins.setattr)
 t.job.MOST_FEATURES = 4
@@ -124,7 +125,7 @@ def run(out, **images):
     t.reference_statistics(
         t.ImageConfig(folder=str(folder / "pictures"), **images),
         t.EvaluateConfig(inception="x", batch_size=4), out, size=4,
-        mesh=t.make_mesh(t.MeshConfig()), say=said.append)
+        placement=t.Placement.of(t.MeshConfig()), say=said.append)
     return said
 elsewhere = folder / f"of_{process}.npz"  # process 0 alone writes
 said = run(elsewhere, max_unreadable=0.1)

@@ -160,14 +160,15 @@ def test_two_processes_are_one_run():
     on_two_hosts("""
 import pytest, time
 from enat_jax.errors import UserError
-from enat_jax.parallel.placement import MeshConfig, batch_sharding, make_mesh, put, replicated
+from enat_jax.parallel.placement import MeshConfig, Placement
 
 assert hosts.several() and hosts.is_primary() == (process == 0)
 assert (jax.device_count(), jax.local_device_count()) == (4, 2)
-mesh = make_mesh(MeshConfig())
+placement = Placement.of(MeshConfig())
 array = np.arange(24, dtype=np.float32).reshape(8, 3)
-for sharding in (batch_sharding(mesh), replicated(mesh)):
-    np.testing.assert_array_equal(hosts.all_gather(put(array, sharding)), array)
+for sharding in (placement.batch, placement.replicated):
+    there = jax.make_array_from_callback(array.shape, sharding, lambda rows: array[rows])
+    np.testing.assert_array_equal(hosts.all_gather(there), array)
 
 lines, calls = [], []
 hosts.primary_only(lines.append)("from one alone")

@@ -24,7 +24,7 @@ import jax, numpy as np
 from enat_jax.parallel import hosts
 from enat_jax.config import load_config
 from enat_jax.data.batches import training_batches
-from enat_jax.parallel.placement import make_mesh, own_rows, put, replicated
+from enat_jax.parallel.placement import Placement
 from enat_jax.data.stream import Share
 from enat_jax.training.programs import Run
 
@@ -32,15 +32,15 @@ out, meshes, port, process = sys.argv[1], sys.argv[2].split(), sys.argv[3], int(
 if port != "0":
     hosts.connect(f"127.0.0.1:{port}", 2, process, wait=120)
 for spec in meshes:
-    data, fsdp, tensor, placement = spec.split(",")
+    data, fsdp, tensor, policy = spec.split(",")
     config = load_config("configs/digits.py", [
         *sys.argv[5:], f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}",
-        f"mesh.placement={placement}"])
+        f"mesh.placement={policy}"])
     devices = jax.devices()[: int(data) * int(fsdp) * int(tensor)]
-    mesh = make_mesh(config.mesh, devices)
-    run = Run(config, mesh)
-    batches = training_batches(config.data, Share(16, own_rows(mesh, 16)), seed=0)
-    state, key = run.initial_state(), put(jax.random.key(0), replicated(mesh))
+    placement = Placement.of(config.mesh, devices)
+    run = Run(config, placement)
+    batches = training_batches(config.data, Share(16, placement.own_rows(16)), seed=0)
+    state, key = run.initial_state(), placement.put(jax.random.key(0))
     losses = []
     for step in range(20):
         state, metrics = run.step(step, state, next(batches), key)
@@ -57,10 +57,11 @@ for spec in meshes:
         assert len(own) == 2, name
         for moment in own:
             split += "fsdp" in str(moment.sharding.spec)
-            if placement != "zero1":
+            if policy != "zero1":
                 assert moment.sharding == leaf.sharding, name
-    assert bool(split) == (placement != "replicated"), split
-    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))((state.params, state.ema, losses))
+    assert bool(split) == (policy != "replicated"), split
+    gather = jax.jit(lambda x: x, out_shardings=placement.replicated)
+    whole = gather((state.params, state.ema, losses))
     if process == 0:
         leaves = [np.asarray(x) for x in jax.tree.leaves(whole)]
         np.savez(pathlib.Path(out) / f"{spec}.npz", *leaves)

@@ -12,20 +12,8 @@ from enat_jax.config import OptimConfig
 from enat_jax.errors import UserError
 from enat_jax.models.enat.block import Block
 from enat_jax.models.enat.network import ENATConfig
-from enat_jax.parallel.placement import (
-    MeshConfig,
-    batch_sharding,
-    batch_shards,
-    constrain_activations,
-    make_mesh,
-    own_rows,
-    place,
-    place_batch,
-    place_block,
-    place_parts,
-    put,
-    replicated,
-)
+from enat_jax.models.layers import UNPLACED
+from enat_jax.parallel.placement import MeshConfig, Placement, make_mesh
 from enat_jax.sampling.program import abstract_params
 from enat_jax.training.optim import make_optimizer
 from tests.support.on_hosts import on_two_hosts
@@ -36,19 +24,19 @@ def fake_devices(count):
     return jax.devices()[:1] * count
 
 
-def mesh_of(*, data=1, fsdp=1, tensor=1):
-    """A mesh of devices that need not be there."""
-    return make_mesh(MeshConfig(data, fsdp, tensor), fake_devices(data * fsdp * tensor))
+def placement_of(*, data=1, fsdp=1, tensor=1, policy="zero2"):
+    """On devices that need not be there."""
+    cfg = MeshConfig(data, fsdp, tensor, policy)
+    return Placement.of(cfg, fake_devices(data * fsdp * tensor))
 
 
-def specs(tree, mesh):
-    """Where the leaves of a tree lie, by dotted name."""
-    leaves = jax.tree_util.tree_leaves_with_path(place(tree, mesh))
-    shapes = jax.tree.leaves(tree)
+def specs(tree, placement):
+    """Where the leaves of a tree lie between steps, by dotted name."""
     named = {}
-    for (path, sharding), leaf in zip(leaves, shapes, strict=True):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(placement.params(tree)):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        named[name] = (tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec)), leaf)
+        spec = tuple(leaf.sharding.spec)
+        named[name] = (spec + (None,) * (leaf.ndim - len(spec)), leaf)
     return named
 
 
@@ -96,10 +84,10 @@ class TestMesh:
             make_mesh(cfg, fake_devices(8))
 
     def test_a_batch_is_split_over_data_and_fsdp_alone(self):
-        mesh = mesh_of(data=2, fsdp=3, tensor=4)
-        assert batch_shards(mesh) == 6
-        assert batch_sharding(mesh).spec == P(("data", "fsdp"))
-        assert replicated(mesh).spec == P()
+        placement = placement_of(data=2, fsdp=3, tensor=4)
+        assert placement.batch_shards == 6
+        assert placement.batch.spec == P(("data", "fsdp"))
+        assert placement.replicated.spec == P()
 
 
 class TestParameters:
@@ -124,45 +112,37 @@ class TestParameters:
         ],
     )
     def test_a_parameter_lies_where_its_rule_says(self, params, name, spec):
-        assert specs(params, mesh_of(data=2, fsdp=2, tensor=2))[name][0] == spec
+        assert specs(params, placement_of(data=2, fsdp=2, tensor=2))[name][0] == spec
 
     @pytest.mark.parametrize("fsdp", [2, 4, 8])
     def test_every_large_parameter_is_shared_out(self, params, fsdp):
         # large: above 64 KiB in one block; a stack is sliced into its blocks
-        for name, (spec, leaf) in specs(params, mesh_of(fsdp=fsdp)).items():
+        for name, (spec, leaf) in specs(params, placement_of(fsdp=fsdp)).items():
             spec = [part for axis in spec for part in (axis if isinstance(axis, tuple) else [axis])]
             stacked = name.startswith(("encoder.", "decoder."))
             size = 4 * leaf.size // (leaf.shape[0] if stacked else 1)
             assert ("fsdp" in spec) == (size > 64 * 1024), f"{name} {leaf.shape}: {spec}"
 
     def test_what_a_device_holds_shrinks_with_their_number(self, params):
-        def held(mesh):
-            shards = jax.tree.map(
-                lambda leaf, where: leaf.size // jnp.prod(
-                    jnp.array([mesh.shape[part] for axis in where.spec if axis
-                               for part in (axis if isinstance(axis, tuple) else [axis])] or [1])),
-                params, place(params, mesh),
-            )  # fmt: skip
-            return sum(map(int, jax.tree.leaves(shards)))
-
-        whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-        assert held(mesh_of(fsdp=8)) < 1.02 * whole / 8
+        leaves = jax.tree.leaves(placement_of(fsdp=8).params(params))
+        held = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves)
+        assert held < 1.02 * sum(leaf.size for leaf in leaves) / 8
 
     def test_a_stack_is_never_cut_between_blocks(self, params):
-        for name, (spec, _) in specs(params, mesh_of(fsdp=5, tensor=3)).items():
+        for name, (spec, _) in specs(params, placement_of(fsdp=5, tensor=3)).items():
             if name.startswith(("encoder.", "decoder.")):
                 assert spec[0] is None
 
     def test_an_axis_that_does_not_divide_stays_whole(self, params):
-        spec, leaf = specs(params, mesh_of(fsdp=5))["encoder.mlp.up.kernel"]
+        spec, leaf = specs(params, placement_of(fsdp=5))["encoder.mlp.up.kernel"]
         assert leaf.shape == (15, 768, 3072)
         assert spec == (None, None, "tensor")
 
     def test_moments_and_average_lie_as_their_parameters(self, params):
-        mesh = mesh_of(data=2, fsdp=2, tensor=2)
+        placement = placement_of(data=2, fsdp=2, tensor=2)
         optimizer = make_optimizer(OptimConfig(max_grad_norm=1.0), 1e-3)
         trees = {"params": params, "ema": params, "opt": jax.eval_shape(optimizer.init, params)}
-        found = specs(trees, mesh)
+        found = specs(trees, placement)
         placed = {name.partition(".")[2]: spec for name, (spec, _) in found.items()
                   if name.startswith("params.")}  # fmt: skip
         moments = 0
@@ -176,7 +156,7 @@ class TestParameters:
         assert moments == 2 * len(placed)
 
 
-class TestPlacements:
+class TestPolicies:
     def parts(self, params):
         optimizer = make_optimizer(OptimConfig(), 1e-3)
         return {
@@ -186,7 +166,7 @@ class TestPlacements:
         }
 
     @pytest.mark.parametrize(
-        ("placement", "split"),
+        ("policy", "shared"),
         [
             ("replicated", set()),
             ("zero1", {"opt_state"}),
@@ -194,31 +174,30 @@ class TestPlacements:
             ("fsdp", {"params", "ema", "opt_state"}),
         ],
     )
-    def test_a_placement_splits_the_parts_it_names_and_no_others(self, params, placement, split):
-        found = place_parts(self.parts(params), mesh_of(fsdp=4, tensor=2), placement)
+    def test_a_policy_shares_out_the_parts_it_names_and_no_others(self, params, policy, shared):
+        placement = placement_of(fsdp=4, tensor=2, policy=policy)
+        found = placement.state(self.parts(params))
         for part, shardings in found.items():
             axes = {str(where.spec) for where in jax.tree.leaves(shardings)}
-            assert any("fsdp" in each for each in axes) == (part in split), part
+            assert any("fsdp" in each for each in axes) == (part in shared), part
             assert any("tensor" in each for each in axes), part
 
-    def test_activations_lie_by_rows_but_around_split_modulation(self):
-        mesh = mesh_of(data=1, fsdp=1)
+    @pytest.mark.parametrize("policy", ["replicated", "zero1", "zero2", "fsdp"])
+    def test_placing_within_a_step_changes_no_value_and_no_gradient(self, policy):
+        placement = placement_of(policy=policy)
         x = jnp.arange(12.0).reshape(2, 2, 3)
-        for placement in ("replicated", "zero1", "zero2", "fsdp"):
-            for how in ("rows", "columns", "whole"):
-                assert (constrain_activations(mesh, placement)(x, how) == x).all()
-
-    @pytest.mark.parametrize("placement", ["replicated", "zero1", "zero2", "fsdp"])
-    def test_placing_a_block_changes_neither_its_weights_nor_their_gradients(self, placement):
+        for how in ("rows", "columns", "whole"):
+            assert (placement.activations(x, how) == x).all()
         block = Block(8, 2, 2.0, dtype=jnp.dtype("float32"), attention="xla", rngs=nnx.Rngs(0))
-        placed = place_block(mesh_of(), placement)
         graphdef, state = nnx.split(block)
 
-        def loss(state, place):
-            leaves = jax.tree.leaves(nnx.state(place(nnx.merge(graphdef, state))))
+        def loss(state, placement):
+            placed = placement.block(nnx.merge(graphdef, placement.weights(state)))
+            leaves = jax.tree.leaves(nnx.state(placed))
             return sum(jnp.sum(jnp.sin(leaf) * (i + 1)) for i, leaf in enumerate(leaves))
 
-        ours, plain = (jax.grad(loss)(state, place) for place in (placed, lambda block: block))
+        ours, plain = (jax.grad(loss)(state, where) for where in (placement, UNPLACED))
+        ours = placement.gradients(ours)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
             assert (a == b).all()
 
@@ -263,37 +242,38 @@ class TestSlices:
             make_mesh(MeshConfig(data=1, fsdp=1, tensor=6), self.chips(3, 2))
 
 
-def test_a_host_finds_its_rows_and_places_them():
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    np.testing.assert_array_equal(own_rows(mesh, 6), np.arange(6))
+def test_a_process_finds_its_rows_and_places_them():
+    placement = placement_of()
+    np.testing.assert_array_equal(placement.own_rows(6), np.arange(6))
     batch = np.arange(12).reshape(6, 2)
-    np.testing.assert_array_equal(place_batch(batch, mesh, 6), batch)
+    np.testing.assert_array_equal(placement.put_batch(batch, 6), batch)
 
 
 ROWS = """
 from enat_jax.parallel.hosts import all_gather
-from enat_jax.parallel.placement import MeshConfig, make_mesh, own_rows, place_batch
+from enat_jax.parallel.placement import MeshConfig, Placement
 batch = np.arange(24).reshape(12, 2)
 for cfg in (MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)):
-    mesh = make_mesh(cfg)
-    rows = own_rows(mesh, 12)
+    placement = Placement.of(cfg)
+    rows = placement.own_rows(12)
     assert rows.tolist() == list(range(6 * process, 6 * process + 6)), rows
-    np.testing.assert_array_equal(all_gather(place_batch(batch[rows], mesh, 12)), batch)
+    np.testing.assert_array_equal(all_gather(placement.put_batch(batch[rows], 12)), batch)
 """
 
 
-def test_two_hosts_place_the_rows_of_one_batch():
+def test_two_processes_place_the_rows_of_one_batch():
     on_two_hosts(ROWS)
 
 
-def test_what_is_put_comes_back(tmp_path):
-    whole = replicated(make_mesh(MeshConfig(), jax.devices()[:1]))
+def test_what_is_put_comes_back():
+    placement = placement_of()
     tree = {"a": np.arange(3), "key": jax.random.key(3), "number": np.int32(5)}
-    found = put(tree, whole)
-    np.testing.assert_array_equal(found["a"], tree["a"])
-    assert found["key"] == tree["key"]
-    assert found["number"] == 5
-    assert put(tree, dict.fromkeys(tree, whole))["number"].sharding == whole
+    placed = placement.put(tree)
+    np.testing.assert_array_equal(placed["a"], tree["a"])
+    assert placed["key"] == tree["key"]
+    assert placed["number"] == 5
+    own = placement.put(tree, dict.fromkeys(tree, placement.replicated) | {"a": placement.batch})
+    assert own["a"].sharding == placement.batch
 
 
 def on_eight_devices(script, **environment):
@@ -316,7 +296,7 @@ def on_eight_devices(script, **environment):
 EIGHT_DEVICES = """
 import dataclasses, jax, numpy as np
 from enat_jax.config import load_config
-from enat_jax.parallel.placement import batch_sharding, make_mesh, MeshConfig
+from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.training.programs import Run
 assert jax.device_count() == 8
 config = load_config("configs/digits.py", [
@@ -328,7 +308,7 @@ batch = {"token_ids": rng.integers(17, size=(8, 64), dtype=np.int32),
 losses = []
 for cfg in (MeshConfig(data=1, fsdp=1, tensor=1), MeshConfig(data=2, fsdp=2, tensor=2)):
     devices = jax.devices()[: cfg.data * cfg.fsdp * cfg.tensor]
-    run = Run(config, make_mesh(cfg, devices))
+    run = Run(config, Placement.of(cfg, devices))
     state = run.initial_state()
     kernel = state.params["encoder"]["mlp"]["up"]["kernel"][...]
     shard = kernel.addressable_shards[0].data.shape
@@ -351,17 +331,16 @@ def test_eight_devices_take_the_same_steps_as_one():
 
 CHUNKS = """
 import jax, jax.numpy as jnp, numpy as np
-from enat_jax.parallel.chunks import map_in_chunks
-from enat_jax.parallel.placement import MeshConfig, batch_sharding, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 for shape, at_once in ((dict(data=8), 2), (dict(data=2, fsdp=2, tensor=2), 4)):
-    mesh = make_mesh(MeshConfig(**shape))
+    placement = Placement.of(MeshConfig(**shape))
     items = np.arange(24 * 5, dtype=np.float32).reshape(24, 5)
     seen = []
     def double(part):
         seen.append(len(part))
         return {"twice": 2 * part, "sum": part.sum(axis=1)}
-    program = jax.jit(lambda x: map_in_chunks(double, x, mesh, at_once))
-    placed = jax.device_put(items, batch_sharding(mesh))
+    program = jax.jit(lambda x: placement.map_in_chunks(double, x, at_once))
+    placed = jax.device_put(items, placement.batch)
     found = program(placed)
     np.testing.assert_array_equal(found["twice"], 2 * items)
     np.testing.assert_array_equal(found["sum"], items.sum(axis=1))

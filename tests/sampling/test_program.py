@@ -11,9 +11,10 @@ import enat_jax
 from enat_jax.checkpoints.tokenizer import abstract_tokenizer
 from enat_jax.config import Config, SampleConfig, TokenizerConfig
 from enat_jax.core.strategy import StrategyConfig
+from enat_jax.errors import UserError
 from enat_jax.models.enat.network import ENATConfig
-from enat_jax.parallel.placement import MeshConfig, batch_sharding, make_mesh, put
-from enat_jax.sampling.program import GenerationProgram, SampleError
+from enat_jax.parallel.placement import MeshConfig, Placement
+from enat_jax.sampling.program import GenerationProgram
 from enat_jax.tokenizers.vqgan import VQGANConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -27,18 +28,21 @@ SMALL = Config(
 )  # fmt: skip
 
 
-def small_program(mesh=None, layers="auto", **tokenizer):
+def small_program(placement=None, layers="auto", **tokenizer):
     config = dataclasses.replace(SMALL, tokenizer=TokenizerConfig(grid=(2, 2), **tokenizer))
     own = abstract_tokenizer(config.tokenizer, config.model.codebook_size)
-    return GenerationProgram(config, mesh or make_mesh(MeshConfig()), own, layers=layers)
+    return GenerationProgram(config, placement or Placement.of(MeshConfig()), own, layers=layers)
 
 
 def test_the_described_program_is_the_one_that_samples(trained):
     model = enat_jax.load(trained)
-    described = GenerationProgram(model.config, model.mesh, model.tokenizer)
+    described = GenerationProgram(model.config, model.placement, model.tokenizer)
     program = described.lower(output="token_ids", batch_size=2).compile()
     assert jax.tree.map(jnp.shape, model.params) == jax.tree.map(jnp.shape, described.params)
-    ids = [put(np.array(each, np.int32), batch_sharding(model.mesh)) for each in ([3, 7], [0, 1])]
+    ids = [
+        model.placement.put(np.array(each, np.int32), model.placement.batch)
+        for each in ([3, 7], [0, 1])
+    ]
     found = program(model.params, (), *ids, described.plan()[1], jax.random.key(5))
     (expected,) = model.token_batches([3, 7], seed=5)
     np.testing.assert_array_equal(found, expected)
@@ -74,25 +78,25 @@ def test_shapes_alone_are_compiled_with_a_vqgan_that_is_not_there(monkeypatch):
 
 def test_a_batch_is_what_the_devices_can_share():
     devices = jax.devices()[:1] * 4
-    program = small_program(make_mesh(MeshConfig(data=4), devices))
+    program = small_program(Placement.of(MeshConfig(data=4), devices))
     assert (program.batch_size(), program.batch_size(1), program.batch_size(5)) == (8, 4, 8)
     ids = program.arguments(program.plan()[1], output="token_ids")[2]
     assert ids.shape == (8,)
 
 
 def test_images_without_a_tokenizer_are_refused():
-    with pytest.raises(SampleError, match="gives token ids, not images"):
+    with pytest.raises(UserError, match="gives token ids, not images"):
         small_program().lower(output="uint8")
     assert small_program().lower(output="token_ids")
 
 
 FOR_A_TPU = """
 from jax.experimental import topologies
-import test_generation_program as t
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+import tests.sampling.test_program as t
+from enat_jax.parallel.placement import MeshConfig, Placement
 described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-mesh = make_mesh(MeshConfig(data=2, fsdp=2), described.devices)
-compiled = t.small_program(mesh).lower(output="token_ids").compile()
+placement = Placement.of(MeshConfig(data=2, fsdp=2), described.devices)
+compiled = t.small_program(placement).lower(output="token_ids").compile()
 assert compiled.memory_analysis().argument_size_in_bytes > 0
 """
 

@@ -9,10 +9,11 @@ import enat_jax
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.config import config_from_dict, override_config
 from enat_jax.config_file import ConfigError
+from enat_jax.errors import UserError
 from enat_jax.models.enat.network import ENAT
 from enat_jax.parallel.placement import MeshConfig
 from enat_jax.sampling.program import abstract_params
-from enat_jax.sampling.sampler import SampleError, Sampler, restore
+from enat_jax.sampling.sampler import Sampler, restore
 from enat_jax.tokenizers.levels import as_uint8
 from enat_jax.tokenizers.pixels import Pixels
 from tests.support.on_hosts import on_devices, on_two_hosts
@@ -117,7 +118,7 @@ class TestRefusals:
         ],
     )
     def test_a_class_that_is_not_there_is_named(self, model, classes, message):
-        with pytest.raises(SampleError, match=message):
+        with pytest.raises(UserError, match=message):
             model.sample(classes)
 
     @pytest.mark.parametrize(
@@ -133,13 +134,13 @@ class TestRefusals:
         ],
     )
     def test_a_strategy_that_cannot_be_is_named(self, model, strategy, message):
-        with pytest.raises(SampleError, match=message):
+        with pytest.raises(UserError, match=message):
             model.sample([1], **strategy)
 
     def test_a_model_without_tokenizer_gives_tokens_but_no_images(self, model):
         bare = with_config(model, tokenizer={"name": "none"})
         assert bare.tokenizer is None
-        with pytest.raises(SampleError, match=r"tokenizer\.name is 'none'.*token ids, not images"):
+        with pytest.raises(UserError, match=r"tokenizer\.name is 'none'.*token ids, not images"):
             bare.sample([1])
         assert tokens(bare, [1]).shape == (1, 64)
 
@@ -156,7 +157,7 @@ class TestDescription:
         assert float(text.rpartition("adds ")[2].removesuffix("%)")) > 5
 
     def test_a_strategy_that_cannot_be_is_refused_here_too(self, model):
-        with pytest.raises(SampleError, match="steps is 65"):
+        with pytest.raises(UserError, match="steps is 65"):
             model.describe(steps=65)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from enat_jax.parallel.placement import make_mesh
+from enat_jax.parallel.placement import Placement
 from enat_jax.tools.hlo import count_program, group_size
 
 
@@ -89,12 +89,12 @@ import json
 import jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from enat_jax.tools.hlo import count_program
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 
-mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+placement = Placement.of(MeshConfig(data=2, fsdp=4))
 
 def counts(body, into, out, shape=(16, 128), dtype="float32"):
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=into, out_specs=out, check_vma=False)
+    mapped = jax.shard_map(body, placement=placement, in_specs=into, out_specs=out, check_vma=False)
     text = jax.jit(mapped).lower(jax.ShapeDtypeStruct(shape, dtype)).compile().as_text()
     found = count_program(text)
     return {kind: [each.count, each.bytes_by_type] for kind, each in found.collectives.items()}
@@ -354,8 +354,8 @@ def test_a_training_step_does_what_its_formula_says(tiny_config):
     from enat_jax.tools.programs import programs
 
     config = tiny_config("model.width=64", "model.num_heads=2")
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    (first, *_) = programs(config, mesh, ("train",))
+    placement = Placement.of(config.mesh, jax.devices()[:1])
+    (first, *_) = programs(config, placement, ("train",))
     counts = count_program(first.lower().compile().as_text())
     assert counts.flops == pytest.approx(first.model_flops, rel=0.05)
     assert counts.flops > first.model_flops

@@ -12,7 +12,7 @@ import pytest
 from enat_jax.core.plans import training_plans
 from enat_jax.models.flops import training_flops
 from enat_jax.parallel.accelerators import Accelerator
-from enat_jax.parallel.placement import make_mesh
+from enat_jax.parallel.placement import Placement
 from enat_jax.parallel.topologies import describe
 from enat_jax.tools import largest_batch
 from enat_jax.tools.compiler_answers import Memory
@@ -133,7 +133,7 @@ def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path):
 def test_nothing_is_allocated_before_something_is_compiled(tiny_config):
     config = tiny_config("train.programs=2")
     before = len(jax.live_arrays())
-    found = list(programs(config, make_mesh(config.mesh, describe("cpux1"))))
+    found = list(programs(config, Placement.of(config.mesh, describe("cpux1"))))
     assert [program.name for program in found] == ["init", "train0", "train1", "sample"]
     found[1].lower()
     sizes = [array.size for array in jax.live_arrays()[before:]]

@@ -177,7 +177,7 @@ class TestRun:
 
 FOUR_DEVICES = """
 import jax, numpy as np
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.training.tokenizer_config import load_tokenizer_config
 from enat_jax.training.train_tokenizer import TokenizerRun
 assert jax.device_count() == 4
@@ -187,8 +187,9 @@ config = load_tokenizer_config("configs/photos_tokenizer.py", [
     "loss.codebook_start=1", "loss.restart_after=1", "discriminator.channels=2"])
 batch = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
 losses = []
-for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(data=2, fsdp=2))):
-    run = TokenizerRun(config, mesh)
+one, four = Placement.of(MeshConfig(), jax.devices()[:1]), Placement.of(MeshConfig(data=2, fsdp=2))
+for placement in (one, four):
+    run = TokenizerRun(config, placement)
     state = run.initial_state()
     for step in range(4):
         state, metrics = run.step(step, state, batch, jax.random.key(0))

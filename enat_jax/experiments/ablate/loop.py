@@ -27,7 +27,7 @@ from enat_jax.experiments.ablate.points import (
 from enat_jax.experiments.ablate.sheet import keep_tiles, write_sheet
 from enat_jax.experiments.ablate.table import Row, Table
 from enat_jax.parallel.hosts import several
-from enat_jax.parallel.placement import make_mesh
+from enat_jax.parallel.placement import Placement
 
 
 def ablate(
@@ -97,7 +97,7 @@ def _objectives(cfg: AblateConfig, points: list[Point]) -> dict[Any, Objective]:
             continue
         try:
             found[_judged(point)] = make_objective(
-                cfg.objective, point.config, make_mesh(point.config.mesh)
+                cfg.objective, point.config, Placement.of(point.config.mesh)
             )
         except UserError as error:
             problems.append(f"{point.workdir}: {error}")

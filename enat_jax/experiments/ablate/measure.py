@@ -13,7 +13,6 @@ from enat_jax.evaluation.objective import Objective, Wants
 from enat_jax.experiments.ablate.points import AblateError, Point
 from enat_jax.parallel.compilation import compile_seconds
 from enat_jax.parallel.hosts import all_gather
-from enat_jax.parallel.placement import batch_sharding, put, replicated
 from enat_jax.sampling.sampler import Sampler, restore, sampler_of
 
 
@@ -69,16 +68,17 @@ class Generators:
         sampler = self.sampler(point)
         size = sampler.program.batch_size(len(classes))
         layout, traced = sampler.plan(**point.strategy)
-        rows = batch_sharding(sampler.mesh)
+        rows = sampler.placement.batch
         inputs = (
-            put(np.resize(classes, size).astype(np.int32), rows),
-            put(np.arange(size, dtype=np.int32), rows),
-            *put((traced, jax.random.key(0)), replicated(sampler.mesh)),
+            *sampler.placement.put(
+                (np.resize(classes, size).astype(np.int32), np.arange(size, dtype=np.int32)), rows
+            ),
+            *sampler.placement.put((traced, jax.random.key(0))),
         )
 
         def call() -> float:
             start = time.perf_counter()
-            made = sampler.generate_batch(
+            made = sampler.program.run(
                 sampler.params, (), *inputs, layout=layout, output="token_ids"
             )
             jax.block_until_ready(made)

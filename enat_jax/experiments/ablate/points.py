@@ -19,7 +19,7 @@ from enat_jax.errors import UserError
 from enat_jax.experiments.ablate.config import SECTIONS, AblateConfig
 from enat_jax.models.flops import generation_flops, step_flops
 from enat_jax.parallel.hosts import all_gather
-from enat_jax.parallel.placement import make_mesh
+from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import restore
 
@@ -169,7 +169,7 @@ def check_points(found: Iterable[Setting], *, warn: Callable[[str], object] = pr
             config = config_from_dict(fields)
             same = config.model, config.sample, config.mesh
             if same not in programs:
-                programs[same] = GenerationProgram(config, make_mesh(config.mesh), None)
+                programs[same] = GenerationProgram(config, Placement.of(config.mesh), None)
             strategy = dataclasses.asdict(config.strategy)
             layout, _ = programs[same].plan(**strategy)
             by_step = programs[same].strategy(**strategy)

@@ -13,7 +13,6 @@ from enat_jax.core.strategy import clipped_counts
 from enat_jax.evaluation.objective import Objective
 from enat_jax.experiments.search.config import SearchConfig
 from enat_jax.experiments.search.parameters import Parameters
-from enat_jax.parallel.placement import batch_sharding, put, replicated
 from enat_jax.sampling.sampler import Sampler
 
 
@@ -119,18 +118,18 @@ class Evaluations:
         """Scores of strategies that fit a layout, whose program takes so many together."""
         lanes = np.minimum(np.arange(together), len(candidates) - 1)  # filled up with the last one
         traced = self._traced(candidates[lanes])
-        sampler, mesh = self._sampler, self._sampler.mesh
+        sampler, placement = self._sampler, self._sampler.placement
         wants = self._objective.wants
         classes = self.class_ids(images)
-        by_image, whole = batch_sharding(mesh), replicated(mesh)
-        traced, key = put((traced, jax.random.key(self._cfg.seed)), whole)
+        by_image = placement.batch
+        traced, key = placement.put((traced, jax.random.key(self._cfg.seed)))
         decoder = sampler.tokenizer.params if sampler.tokenizer and wants != "token_ids" else ()
         scorers = [self._objective.start() for _ in candidates]
         for first in range(0, images, self.batch_size):
             ids = np.arange(first, first + self.batch_size, dtype=np.int32)
             batch = classes[np.minimum(ids, images - 1)]  # the last one is filled up
             arguments = (
-                sampler.params, decoder, put(batch, by_image), put(ids, by_image), traced, key
+                sampler.params, decoder, *placement.put((batch, ids), by_image), traced, key
             )  # fmt: skip
             made = self._program(layout, together, arguments)(*arguments)
             count = min(self.batch_size, images - first)
@@ -148,7 +147,7 @@ class Evaluations:
 
     def _program(self, layout: Layout, together: int, arguments: tuple[Any, ...]) -> Any:
         if (layout, together) not in self.compiled:
-            where = batch_sharding(self._sampler.mesh)
+            where = self._sampler.placement.batch
             made = jax.jit(self._make, static_argnames="layout", out_shardings=where)
             self.compiled[layout, together] = made.lower(*arguments, layout=layout).compile()
         return self.compiled[layout, together]

@@ -72,7 +72,7 @@ def search(
     if jax.process_count() > 1:
         raise SearchError(f"search runs on one host, not on {jax.process_count()}")
     sampler = sampler_of(restored)
-    objective = make_objective(cfg.objective, restored.config, sampler.mesh)
+    objective = make_objective(cfg.objective, restored.config, sampler.placement)
     start = starting_numbers(cfg, sampler)
     folder = pathlib.Path(out)
     open_study(folder, identity(cfg, restored, start), results=EVALUATIONS)

@@ -21,7 +21,6 @@ from enat_jax.experiments.search.config import SearchConfig, load_search_config
 from enat_jax.experiments.search.evaluations import Evaluations
 from enat_jax.experiments.search.loop import starting_numbers
 from enat_jax.experiments.search.optimisers import make_optimiser
-from enat_jax.parallel.placement import batch_sharding, put, replicated
 from enat_jax.sampling.sampler import Restored, Sampler, restore, sampler_of
 
 
@@ -44,7 +43,7 @@ def measure(
     """
     cfg = dataclasses.replace(cfg, num_images=(images,), updates=(updates,))
     sampler = sampler_of(restored)
-    objective = make_objective(cfg.objective, restored.config, sampler.mesh)
+    objective = make_objective(cfg.objective, restored.config, sampler.placement)
     start = starting_numbers(cfg, sampler)
     evaluations = Evaluations(cfg, sampler, objective, start)
     optimiser = make_optimiser(cfg, start, evaluations.parameters, phase=0)
@@ -95,16 +94,22 @@ class Alone:
         """The scores of a strategy, given by its numbers."""
         program, wants = self._sampler.program, self._objective.wants
         strategy = self._evaluations.parameters.strategy(numbers, program.config.model.length)
-        layout, traced = program.plan_steps(strategy, reuse=program.config.strategy.reuse)
-        by_image, whole = batch_sharding(program.mesh), replicated(program.mesh)
-        traced, key = put((traced, jax.random.key(self._cfg.seed)), whole)
+        layout, traced = program.plan(strategy)
+        by_image = program.placement.batch
+        traced, key = program.placement.put((traced, jax.random.key(self._cfg.seed)))
         decoder = program.tokenizer.params if program.tokenizer and wants != "token_ids" else ()
         classes, size = self._evaluations.class_ids(images), program.batch_size(images)
         scorer, compiled = self._objective.start(), None
         for first in range(0, images, size):
             ids = np.arange(first, first + size, dtype=np.int32)
             batch = classes[np.minimum(ids, images - 1)]
-            arguments = (self._sampler.params, decoder, *put((batch, ids), by_image), traced, key)
+            arguments = (
+                self._sampler.params,
+                decoder,
+                *program.placement.put((batch, ids), by_image),
+                traced,
+                key,
+            )
             if compiled is None:
                 begin = time.perf_counter()
                 compiled = program.run.lower(*arguments, layout=layout, output=wants).compile()

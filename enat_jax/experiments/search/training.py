@@ -108,7 +108,7 @@ class _Betas:
     def _judge(self, model: Restored) -> float:
         """The value of a model under the round's strategy; recorded."""
         cfg, sampler = self._cfg, sampler_of(model)
-        objective = make_objective(cfg.objective, model.config, sampler.mesh)
+        objective = make_objective(cfg.objective, model.config, sampler.placement)
         start = starting_numbers(cfg, sampler)
         (scores,) = Evaluations(cfg, sampler, objective, start)(start[None], cfg.num_images[-1])
         value = float(scores[objective.names[0]])

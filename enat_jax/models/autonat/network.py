@@ -15,7 +15,7 @@ from enat_jax.models.attention import Implementation, attend
 from enat_jax.models.head import Head
 from enat_jax.models.layers import (
     EMBEDDING_STD,
-    Constrain,
+    UNPLACED,
     LayerNorm,
     Linear,
     Mlp,
@@ -123,8 +123,7 @@ class AutoNAT(nnx.Module):
     Args:
         cfg: sizes.
         rngs: keys of the initialisation.
-        constrain: applied to activations after every block; placement rules go in here.
-        place_block: applied to every block where its weights are used, for the same purpose.
+        placement: where blocks and activations lie.
     """
 
     def __init__(
@@ -132,11 +131,10 @@ class AutoNAT(nnx.Module):
         cfg: AutoNATConfig,
         *,
         rngs: nnx.Rngs,
-        constrain: Constrain = lambda x, how: x,
-        place_block: Callable[[Any], Any] = lambda block: block,
+        placement: Any = UNPLACED,
     ):
         self.cfg = cfg
-        self.constrain, self.place_block = constrain, place_block
+        self.placement = placement
         self.embedding = TokenEmbedding(cfg.codebook_size + 1, cfg.length, cfg.width, rngs=rngs)
         self.class_embedding = TokenEmbedding(cfg.num_classes + 1, 1, cfg.width, rngs=rngs)
 
@@ -175,11 +173,11 @@ class AutoNAT(nnx.Module):
         x = jnp.concatenate([class_token, x.astype(self.cfg.dtype)], axis=1)
 
         def apply(block: UViTBlock, x: Array, skip: Array | None) -> Array:
-            return self.constrain(block(x, skip), "rows")
+            return self.placement.activations(block(x, skip), "rows")
 
-        remat, place = self.cfg.remat, self.place_block
+        remat, place = self.cfg.remat, self.placement
         x, skips = run_stack(self.inward, x, None, apply, place, remat=remat, keep=True)
-        x = apply(place(self.middle), x, None)
+        x = apply(place.block(self.middle), x, None)
         last_first = skips[::-1] if isinstance(skips, list) else skips[:, ::-1]
         x = run_stack(self.outward, x, last_first, apply, place, remat=remat)
         return x[:, 1:]

@@ -1,6 +1,6 @@
 """ENAT: an encoder for visible tokens, a decoder for masked ones, and reused features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from enat_jax.models.enat.memory import Carried, Features
 from enat_jax.models.head import Head
 from enat_jax.models.layers import (
     EMBEDDING_STD,
-    Constrain,
+    UNPLACED,
     TokenEmbedding,
     dropout,
     layer_norm,
@@ -44,10 +44,9 @@ class ENAT(nnx.Module):
     Args:
         cfg: sizes.
         rngs: keys of the initialisation.
-        constrain: applied to activations; placement rules go in here. It is told how they are to
-            lie: by `rows` after every block; `whole` and by `columns` around adaLN's layers, whose
-            weights are more than a third of all and serve one vector per image.
-        place_block: applied to every block where its weights are used, for the same purpose.
+        placement: where blocks and activations lie; activations by `rows` after every block,
+            `whole` and by `columns` around adaLN's layers, whose weights are more than a third of
+            all and serve one vector per image.
     """
 
     def __init__(
@@ -55,11 +54,10 @@ class ENAT(nnx.Module):
         cfg: ENATConfig,
         *,
         rngs: nnx.Rngs,
-        constrain: Constrain = lambda x, how: x,
-        place_block: Callable[[Any], Any] = lambda block: block,
+        placement: Any = UNPLACED,
     ):
         self.cfg = cfg
-        self.constrain, self.place_block = constrain, place_block
+        self.placement = placement
         self.embedding = TokenEmbedding(cfg.codebook_size + 1, cfg.length, cfg.width, rngs=rngs)
         self.class_embedding = nnx.Param(
             EMBEDDING_STD * jax.random.normal(rngs.params(), (cfg.num_classes + 1, cfg.width))
@@ -86,12 +84,12 @@ class ENAT(nnx.Module):
 
     def modulate(self, class_ids: Int[Array, "b g"]) -> Modulation:
         """AdaLN's vectors of all blocks; they depend on the class alone."""
-        c = self.constrain(jax.nn.silu(self.class_embedding[...][class_ids]), "whole")
+        c = self.placement.activations(jax.nn.silu(self.class_embedding[...][class_ids]), "whole")
 
         def vectors(blocks: Any) -> Any:
             made = map_stack(blocks, lambda block: block.modulation(c))
-            by_columns = jax.tree.map(lambda x: self.constrain(x, "columns"), made)
-            return jax.tree.map(lambda x: self.constrain(x, "rows"), by_columns)
+            by_columns = jax.tree.map(lambda x: self.placement.activations(x, "columns"), made)
+            return jax.tree.map(lambda x: self.placement.activations(x, "rows"), by_columns)
 
         return Modulation(vectors(self.encoder), self.decoder and vectors(self.decoder))
 
@@ -160,10 +158,10 @@ class ENAT(nnx.Module):
 
         def apply(block: Block, x: Array, inputs: Any) -> Array:
             vectors, read = inputs if isinstance(inputs, tuple) else (inputs, context)
-            return self.constrain(block(x, read, vectors, **images), "rows")
+            return self.placement.activations(block(x, read, vectors, **images), "rows")
 
         remat = self.cfg.remat
-        return run_stack(blocks, x, per_block, apply, self.place_block, remat=remat, keep=keep)
+        return run_stack(blocks, x, per_block, apply, self.placement, remat=remat, keep=keep)
 
     def __call__(
         self,

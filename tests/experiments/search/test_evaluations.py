@@ -52,7 +52,7 @@ CONFIG = SearchConfig(
 
 def evaluations(name, cfg=CONFIG):
     sampler = made_up(name)
-    objective = make_objective(cfg.objective, sampler.config, sampler.mesh)
+    objective = make_objective(cfg.objective, sampler.config, sampler.placement)
     start = PARAMETERS.numbers(sampler.strategy(steps=cfg.steps))
     return Evaluations(cfg, sampler, objective, start), start
 

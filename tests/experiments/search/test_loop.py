@@ -19,7 +19,7 @@ from enat_jax.experiments.search.config import SearchConfig
 from enat_jax.experiments.search.evaluations import Evaluations
 from enat_jax.experiments.search.parameters import Parameters
 from enat_jax.models.networks import make_network
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
 
 STEPS = 2
@@ -27,7 +27,9 @@ PARAMETERS = Parameters(STEPS)
 KNOWN = np.array([0.6, 0.5, 0.8, 0.9, 0.4, 0.7])  # where `distance` is least
 CONFIG = SearchConfig(
     steps=STEPS, num_images=(10, 50), updates=(3, 4), seed=3, strategies_per_call=3,
-    objective=ObjectiveConfig(name="tests.experiments.search.test_loop:never_called", output="token_ids"),
+    objective=ObjectiveConfig(
+        name="tests.experiments.search.test_loop:never_called", output="token_ids"
+    ),
 )  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def restored():
 def still(restored):
     """A sampler that knows its config, and is never asked for anything."""
     sampler = object.__new__(Sampler)
-    sampler.config, sampler.mesh = restored.config, make_mesh(MeshConfig(data=1))
+    sampler.config, sampler.placement = restored.config, Placement.of(MeshConfig(data=1))
     return sampler
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def test_a_strategy_compiled_alone_is_judged_as_the_plain_sampler_judges_it(name, tmp_path):
     evaluate, start = evaluations(name)
     sampler = made_up(name)
-    objective = make_objective(INK, sampler.config, sampler.mesh)
+    objective = make_objective(INK, sampler.config, sampler.placement)
     alone = speed.Alone(CONFIG, sampler, objective, evaluate)
     for images in (3, 11):  # less than a batch; a batch and a part of one
         expected = directly(name, start, tmp_path, evaluate.class_ids(images))

@@ -15,7 +15,7 @@ from enat_jax.models.autonat.network import AutoNATConfig
 from enat_jax.sampling.program import abstract_params
 from enat_jax.training.step import Draws, row_loss
 from enat_jax.training.train import train
-from tests.parallel.test_placement import mesh_of, specs
+from tests.parallel.test_placement import placement_of, specs
 from tests.support.on_hosts import on_devices
 from tests.support.recorded_autonat import (
     recorded_autonat,
@@ -153,13 +153,13 @@ def params():
     ],
 )
 def test_a_parameter_lies_where_its_rule_says(params, name, spec):
-    assert specs(params, mesh_of(data=2, fsdp=2, tensor=2))[name][0] == spec
+    assert specs(params, placement_of(data=2, fsdp=2, tensor=2))[name][0] == spec
 
 
 @pytest.mark.parametrize("fsdp", [2, 8])
 def test_every_large_parameter_is_shared_out_and_no_stack_cut_between_blocks(params, fsdp):
     # large: above 64 KiB in one block; a stack is sliced into its blocks
-    for name, (spec, leaf) in specs(params, mesh_of(fsdp=fsdp)).items():
+    for name, (spec, leaf) in specs(params, placement_of(fsdp=fsdp)).items():
         stacked = name.startswith(("inward.", "outward."))
         assert spec[0] is None or not stacked
         size = 4 * leaf.size // (leaf.shape[0] if stacked else 1)
@@ -170,7 +170,7 @@ def test_every_large_parameter_is_shared_out_and_no_stack_cut_between_blocks(par
 STEPS = """
 from enat_jax.config import load_config
 from enat_jax.training.programs import Run
-from enat_jax.parallel.placement import MeshConfig, make_mesh
+from enat_jax.parallel.placement import MeshConfig, Placement
 assert jax.device_count() == 8
 config = load_config("configs/digits_autonat.py", [
     "model.width=16", "model.num_heads=2", "model.depth=2", "train.programs=1",
@@ -181,7 +181,7 @@ batch = {"token_ids": rng.integers(17, size=(8, 64), dtype=np.int32),
 losses = []
 for sizes in ((1, 1, 1), (2, 2, 2)):
     devices = jax.devices()[: np.prod(sizes)]
-    run = Run(config, make_mesh(MeshConfig(*sizes), devices))
+    run = Run(config, Placement.of(MeshConfig(*sizes), devices))
     state = run.initial_state()
     kernel = state.params["outward"]["query_key_value"]["kernel"][...]
     shard = kernel.addressable_shards[0].data.shape

@@ -18,7 +18,7 @@ from enat_jax.models.enat import memory as reuse
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.enat.network import ENAT
 from enat_jax.models.flops import step_flops
-from enat_jax.parallel.placement import MeshConfig, make_mesh, place
+from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.training.step import Draws, row_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -363,13 +363,9 @@ def test_exact_bucketed_and_one_bucket_generation_agree(name):
 def test_every_matrix_of_a_block_is_split_over_devices(name):
     cfg = dataclasses.replace(BASE, **VARIANTS[name])
     params = nnx.state(nnx.eval_shape(lambda: ENAT(cfg, rngs=nnx.Rngs(0))), nnx.Param)
-    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:1] * 4)
-    leaves = zip(
-        jax.tree_util.tree_leaves_with_path(params),
-        jax.tree.leaves(place(params, mesh)),
-        strict=True,
-    )
-    for (path, leaf), sharding in leaves:
+    placement = Placement.of(MeshConfig(1, 2, 2), jax.devices()[:1] * 4)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(placement.params(params)):
+        sharding = leaf.sharding
         path = jax.tree_util.keystr(path)
         axes = {axis for entry in sharding.spec if entry for axis in np.atleast_1d(entry)}
         if "kernel" in path:
