@@ -17,8 +17,8 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     host_flags.connect(args)
     from enat_jax.config import override_config
     from enat_jax.evaluation.evaluate import evaluate
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
-    from enat_jax.parallel.hosts import speaker
+    from enat_jax.parallel.compilation import keep_compiled_programs
+    from enat_jax.parallel.hosts import primary_only
     from enat_jax.sampling.sampler import restore
 
     keep_compiled_programs()
@@ -26,7 +26,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         args.workdir, step=args.step, overrides=lambda fields: override_config(fields, overrides)
     )
     result = evaluate(restored, args.out, seed=args.seed)
-    say = speaker(print)
+    say = primary_only(print)
     say(json.dumps(result["scores"], indent=2))
     say(f"wrote {args.out}")
     return 0

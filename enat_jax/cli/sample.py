@@ -27,8 +27,8 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
 
     from enat_jax.config import override_config
     from enat_jax.data import pictures as images
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
-    from enat_jax.parallel.hosts import speaks
+    from enat_jax.parallel.compilation import keep_compiled_programs
+    from enat_jax.parallel.hosts import is_primary
     from enat_jax.sampling.sampler import load
 
     keep_compiled_programs()
@@ -45,7 +45,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         raise UserError(f"--out={out} must end in .npz for --format={args.format}")
     make = sampler.token_batches if args.format == "tokens" else sampler.image_batches
     batches = make(wanted, seed=args.seed)
-    if not speaks():  # the work is shared, the writing is not
+    if not is_primary():  # the work is shared, the writing is not
         for _ in batches:
             pass
         return 0

@@ -16,7 +16,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.experiments.search.config import SearchConfig
     from enat_jax.experiments.search.loop import search
     from enat_jax.experiments.search.training import alternate
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
+    from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.sampling.sampler import restore
 
     keep_compiled_programs()

@@ -16,7 +16,7 @@ def define(values: flags.FlagValues) -> None:
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.config import override_config
     from enat_jax.experiments.similarity import similarity
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
+    from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.sampling.sampler import restore
 
     keep_compiled_programs()

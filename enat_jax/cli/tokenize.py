@@ -20,8 +20,8 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.config import load_config
     from enat_jax.data.check_records import check_records
     from enat_jax.data.tokenize import tokenize
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
-    from enat_jax.parallel.hosts import speaker, speaks
+    from enat_jax.parallel.compilation import keep_compiled_programs
+    from enat_jax.parallel.hosts import is_primary, primary_only
     from enat_jax.parallel.placement import Placement
 
     keep_compiled_programs()
@@ -38,9 +38,9 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         grid=config.tokenizer.grid,
         batch_size=args.batch_size * placement.batch_shards,
         placement=placement,
-        say=speaker(print),
+        say=primary_only(print),
     )
-    if args.check and speaks():
+    if args.check and is_primary():
         check_records(config.data, tokenizer, args.check)
         print(f"decoded some of the records into {args.check}")
     return 0

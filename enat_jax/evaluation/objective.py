@@ -19,7 +19,7 @@ from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.evaluation.moments import Moments, across_hosts, local_rows, sum_across_hosts
 from enat_jax.evaluation.reference import read_reference
 from enat_jax.evaluation.scores import frechet_distance_of_moments
-from enat_jax.parallel.gather import gathered
+from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
 
 Function = Callable[[Shaped[np.ndarray, "b ..."], Int[np.ndarray, " b"]], float]
@@ -155,7 +155,7 @@ class _Kept:
         self._classes: list[np.ndarray] = []
 
     def add(self, made: Batch, class_ids: Int[np.ndarray, " m"]) -> None:
-        whole = gathered(made) if isinstance(made, jax.Array) else made
+        whole = all_gather(made) if isinstance(made, jax.Array) else made
         self._made.append(np.asarray(whole)[: len(class_ids)])
         self._classes.append(np.asarray(class_ids))
 

@@ -62,7 +62,7 @@ def train_tokenizer(
         UserError: images, weights or a workdir that do not fit the config, a loss that is not
             finite.
     """
-    say = hosts.speaker(say)
+    say = hosts.primary_only(say)
     source = open_images(config.images)
     require_same_run(config, workdir, {"images": len(source)})
     placement = Placement.of(config.mesh)

@@ -11,8 +11,8 @@ from jaxtyping import Array, Shaped
 
 from enat_jax.evaluation.objective import Objective, Wants
 from enat_jax.experiments.ablate.points import AblateError, Point
-from enat_jax.parallel.compile_clock import compile_seconds
-from enat_jax.parallel.gather import gathered
+from enat_jax.parallel.compilation import compile_seconds
+from enat_jax.parallel.hosts import all_gather
 from enat_jax.sampling.sampler import Sampler, restore, sampler_of
 
 
@@ -120,7 +120,7 @@ class Generators:
             made = decoded(token_ids, objective.wants)
             scorer.add(made, classes[done : done + count])
             if done < keep:
-                images = gathered(decoded(token_ids, "uint8"))
+                images = all_gather(decoded(token_ids, "uint8"))
                 kept.append(images[: min(count, keep - done)])
             done += count
         return scorer.value(), np.concatenate(kept) if kept else None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from enat_jax.checkpoints.weights_digest import weights_digest
+from enat_jax.checkpoints.digests import weights_digest
 from enat_jax.config import Config, config_from_dict
 from enat_jax.core.generate import Layout
 from enat_jax.core.plans import padding
@@ -18,7 +18,7 @@ from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.experiments.ablate.config import SECTIONS, AblateConfig
 from enat_jax.models.flops import generation_flops, step_flops
-from enat_jax.parallel.gather import gathered
+from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import restore
@@ -197,7 +197,7 @@ def read_model(workdir: str, *, warn: Callable[[str], object] = print) -> Model:
     planned = restored.config.train.steps
     if 0 < restored.step < planned:  # imported weights are of step 0
         warn(f"{workdir}: its training stands at step {restored.step} of {planned}")
-    digest = weights_digest(jax.tree.map(gathered, restored.ema))
+    digest = weights_digest(jax.tree.map(all_gather, restored.ema))
     return Model(restored.config, restored.step, digest, restored.tokenizer_digest)
 
 

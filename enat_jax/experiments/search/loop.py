@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from enat_jax.checkpoints.weights_digest import weights_digest
+from enat_jax.checkpoints.digests import weights_digest
 from enat_jax.core.strategy import GenerationStrategy, read_strategy, write_strategy
 from enat_jax.evaluation.objective import Objective, make_objective
 from enat_jax.experiments.search.config import SearchConfig
@@ -22,7 +22,7 @@ from enat_jax.experiments.search.optimisers import Optimiser, make_optimiser
 from enat_jax.experiments.search.parameters import Parameters
 from enat_jax.experiments.study_folder import open_study
 from enat_jax.files import written_whole
-from enat_jax.parallel.gather import gathered
+from enat_jax.parallel.hosts import all_gather
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
 
 BEST = "best.yaml"
@@ -121,7 +121,7 @@ def identity(
             **{name: dataclasses.asdict(value) for name, value in fields.items()},
             "reuse": generator.strategy.reuse,
             "step": restored.step,
-            "digest": weights_digest(jax.tree.map(gathered, restored.ema)),
+            "digest": weights_digest(jax.tree.map(all_gather, restored.ema)),
         },
     }
 

@@ -1,4 +1,6 @@
-"""How long this process has spent on compiling, or on reading what was compiled before."""
+"""Compiling: the seconds that it takes, and its results kept for the next process."""
+
+import os
 
 import jax
 
@@ -10,8 +12,15 @@ _EVENTS = (
 _seconds = 0.0
 
 
+def keep_compiled_programs() -> None:
+    """Turns JAX's persistent compilation cache on, unless the user has chosen one."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "enat_jax", "xla"))
+
+
 def compile_seconds() -> float:
-    """Seconds since the package was imported; only differences mean something."""
+    """Seconds spent on compiling since this import; only differences mean something."""
     return _seconds
 
 

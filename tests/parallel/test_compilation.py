@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 
-from enat_jax.parallel.compile_clock import compile_seconds
+from enat_jax.parallel.compilation import compile_seconds
 
 
 def test_compiling_takes_time_and_running_again_none():

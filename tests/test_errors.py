@@ -1,4 +1,4 @@
-from enat_jax.checkpoints.differences import differences
+from enat_jax.errors import differences
 
 
 def test_equal_records_differ_in_nothing_tuples_as_json_has_them():
