@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from enat_jax.config import load_config
-from enat_jax.convert.verify_autonat import replay_autonat, verify_autonat
+from enat_jax.convert.verify import replay, verify
 from enat_jax.core.plans import Plan
 from enat_jax.sampling.program import abstract_params
 from tests.support.recorded_autonat import (
@@ -38,7 +38,7 @@ def autonat():
 
 def test_forward_passes_equal_the_references(autonat, golden):
     recorded = golden("autonat/forward.npz")
-    found = verify_autonat(autonat, recorded)
+    found = verify(autonat, recorded)
     groups = ("all_masked", "half_masked", "one_masked", "ragged")
     assert {comparison.name for comparison in found} == {f"{group}/logits" for group in groups}
     assert [comparison for comparison in found if comparison.fails(1e-4)] == []
@@ -57,7 +57,7 @@ def test_every_epsilon_is_the_references(golden):
         name: np.ldexp(w, next((e for rule, e in exponents.items() if re.search(rule, name)), 0))
         for name, w in recorded_weights().items()
     }
-    found = verify_autonat(autonat_from(tiny), golden("autonat/eps_probe.npz"))
+    found = verify(autonat_from(tiny), golden("autonat/eps_probe.npz"))
     assert [comparison.name for comparison in found] == ["logits"]
     assert [comparison for comparison in found if comparison.fails(1e-5)] == []
 
@@ -72,8 +72,8 @@ def test_every_recorded_submodule_equals_the_references(autonat, golden):
     assert len(theirs) >= 10
     for key in theirs:
         np.testing.assert_allclose(ours[key], arrays[key], rtol=0, atol=1e-4, err_msg=key)
-    logits = replay_autonat(autonat, recorded["half_masked/ids"][:1], recorded["context"][:1, 0])
-    np.testing.assert_allclose(logits, arrays["logits"], rtol=0, atol=1e-4)
+    ours = replay(autonat, recorded["half_masked/ids"][:1], recorded["context"][:1, 0])
+    np.testing.assert_allclose(ours.logits, arrays["logits"], rtol=0, atol=1e-4)
 
 
 def submodules(graphdef, params, arrays):
@@ -151,7 +151,7 @@ def test_a_packed_row_equals_the_images_in_raster_order(autonat, packed):
         ids = np.full((2, sum(plan)), autonat.cfg.mask_id)
         positions = np.asarray(row["positions"])[:, new]
         np.put_along_axis(ids, positions, np.asarray(row["token_ids"])[:, new], axis=1)
-        whole = replay_autonat(autonat, ids, np.asarray(row["class_ids"])[:, image])
+        whole = replay(autonat, ids, np.asarray(row["class_ids"])[:, image]).logits
         where = row["masked_positions"][:, hidden, None]
         expected = jnp.take_along_axis(whole, where, axis=1)
         np.testing.assert_allclose(logits[:, hidden], expected, rtol=0, atol=2e-5)
