@@ -24,7 +24,7 @@ from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.models.autonat import weights as autonat_weights
 from enat_jax.models.enat import weights as enat_weights
 from enat_jax.models.import_table import fill
-from enat_jax.models.networks import NetworkConfig, make_network
+from enat_jax.models.networks import make_network
 from enat_jax.tokenizers import vqgan_weights
 from enat_jax.tokenizers.vqgan import VQGAN
 
@@ -65,14 +65,20 @@ def read_network(
         raise UserError(f"the config's model.name is {config.model.name!r}, must be {name!r}")
     weights = read_weights(source, key)
     with about(source):
-        sizes = table.sizes_from_weights(weights)
+        sizes = table.sizes_from_weights(weights)  # of fields, and of sums of fields
         if config is None:
-            beside = _read_beside(pathlib.Path(source).with_name("config.json"), table.BESIDE)
-            model = {name: size for name, size in sizes.items() if "+" not in name} | beside
+            told = {field: size for field, size in sizes.items() if "+" not in field}
+            told |= _read_beside(pathlib.Path(source).with_name("config.json"), table.BESIDE)
             side = math.isqrt(sizes["length"])
-            sections = {"model": {"name": name, **model}, "tokenizer": {"grid": (side, side)}}
+            sections = {"model": {"name": name, **told}, "tokenizer": {"grid": (side, side)}}
             config = config_from_dict(sections | table.RECIPE)
-        if wrong := _differences(config.model, sizes):
+        ours = {s: sum(getattr(config.model, field) for field in s.split(" + ")) for s in sizes}
+        wrong = [
+            f"model.{s.replace(' + ', ' + model.')} = {ours[s]}, the weights have {sizes[s]}"
+            for s in sizes
+            if ours[s] != sizes[s]
+        ]
+        if wrong:
             raise UserError(f"the weights are of another model: {'; '.join(wrong)}")
         cfg = dataclasses.replace(config.model, dtype="float32", attention="xla")
         model = fill(partial(make_network, cfg), table.rules(cfg), weights, table.never_read)
@@ -95,17 +101,6 @@ def _read_beside(path: pathlib.Path, needed: dict[str, list[str]]) -> dict[str, 
         raise UserError(f"{path}: {type(error).__name__}: {error}; {advice}") from error
 
 
-def _differences(cfg: NetworkConfig, sizes: dict[str, int | float]) -> list[str]:
-    """Where a config is of another network than the weights, one phrase each."""
-    wrong = []
-    for name, size in sizes.items():  # of a field, or of a sum of fields
-        fields = name.split(" + ")
-        if (ours := sum(getattr(cfg, field) for field in fields)) != size:
-            named = " + ".join(f"model.{field}" for field in fields)
-            wrong.append(f"{named} = {ours}, the weights have {size}")
-    return wrong
-
-
 def read_vqgan(source: Path, key: str | None = None) -> Imported:
     """Reads published VQGAN weights, under PyTorch's names (MAGE) or Flax's (MaskGIT).
 
@@ -118,12 +113,8 @@ def read_vqgan(source: Path, key: str | None = None) -> Imported:
         rules = vqgan_weights.rules(cfg, vqgan_weights.layout_of(weights))
         model = fill(partial(VQGAN, cfg), rules, weights, vqgan_weights.never_read)
         digest = file_digest(source)
-    metadata = {
-        "kind": "vqgan",
-        "vqgan": dataclasses.asdict(cfg),
-        "source": pathlib.Path(source).name,
-        "source_sha256": digest,
-    }
+    metadata = {"kind": "vqgan", "vqgan": dataclasses.asdict(cfg)}
+    metadata |= {"source": pathlib.Path(source).name, "source_sha256": digest}
     return Imported(str(cfg), model, metadata)
 
 
@@ -147,11 +138,10 @@ class Kind(NamedTuple):
     tolerance: float
 
 
+ALL = ("config", "key", "out")
 KINDS = {
-    "enat": Kind(partial(read_network, "enat", enat_weights), ("config", "key", "out"), 5e-5),
-    "autonat": Kind(
-        partial(read_network, "autonat", autonat_weights), ("config", "key", "out"), 1e-4
-    ),
+    "enat": Kind(partial(read_network, "enat", enat_weights), ALL, 5e-5),
+    "autonat": Kind(partial(read_network, "autonat", autonat_weights), ALL, 1e-4),
     "vqgan": Kind(read_vqgan, ("key", "out"), 1e-4),
     "inception": Kind(read_inception, (), 1e-3),
 }

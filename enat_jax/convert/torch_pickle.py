@@ -24,8 +24,10 @@ _DTYPES = {
     "torch.BoolStorage": np.dtype(np.bool_),
     "torch.storage.UntypedStorage": np.dtype(np.uint8),
 }
-_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1}
-_TAKES |= {"STACK_GLOBAL": 2, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2}  # values off the stack
+_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1,
+          "STACK_GLOBAL": 2, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2}  # values  # fmt: skip
+_MAKES = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+          "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +78,14 @@ def parse_pickle(data: bytes) -> Any:
             case "MARK":
                 marks.append(stack)
                 stack = []
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case name if name in _MAKES:
+                stack.append(_MAKES[name]())
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(argument)
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES":
                 stack.append(argument)
-            case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(items))
-            case "EMPTY_LIST" | "EMPTY_DICT":
-                stack.append([] if opcode.name == "EMPTY_LIST" else {})
             case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS":
                 _add(stack[-1], items)
             case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from enat_jax.convert.weight_file import about
 from enat_jax.core.generate import Layout, StepRecord, TracedStrategy, generate, plan_generation
@@ -120,14 +120,10 @@ def _compare(name: str, ours: np.ndarray, theirs: np.ndarray, relative: bool) ->
     return Comparison(name, largest / unit, False, theirs.size)
 
 
-def _run(function: Callable[..., Any], model: nnx.Module, *arrays: Any, static: tuple = ()) -> Any:
+@partial(jax.jit, static_argnums=(0, 2))
+def _run(function: Callable[..., Any], model: nnx.Module, static: tuple, *arrays: Any) -> Any:
     """`function(model, *arrays, *static)`, compiled once whatever the weights."""
-    return _compiled(function, *nnx.split(model), static, *arrays)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 3))
-def _compiled(function: Any, graphdef: Any, state: Any, static: tuple, *arrays: Any) -> Any:
-    return function(nnx.merge(graphdef, state), *arrays, *static)
+    return function(model, *arrays, *static)
 
 
 class Pass(NamedTuple):
@@ -135,7 +131,7 @@ class Pass(NamedTuple):
 
     logits: Float[Array, "b l v"]
     features: Float[Array, "b l d"]
-    masked: np.ndarray
+    masked: Bool[np.ndarray, "b l"]
 
 
 def replay(
@@ -150,36 +146,38 @@ def replay(
         UserError: images with different numbers of masked tokens, of ENAT.
     """
     masked = ids == model.cfg.mask_id
+    if isinstance(model, AutoNAT):
+        logits, features = _run(_read_together, model, (), ids, class_ids)
+        return Pass(logits, features, masked)
     previous = np.zeros_like(masked) if before is None else ~before.masked
     group = np.where(masked, 2, np.where(previous, 0, 1))
-    if isinstance(model, AutoNAT):
-        group = np.zeros_like(ids)  # reads all tokens alike
     if np.any(np.sort(group) != np.sort(group[:1])):
         raise UserError("images of one recording have different counts of tokens")
     plan = Plan(*np.bincount(group[0], minlength=3).tolist())
     order = np.argsort(group, axis=1, kind="stable")
     features = jnp.zeros((*ids.shape, model.cfg.width)) if before is None else before.features
-    arrays = ids, order, class_ids, features
-    logits, features = _run(_pass, model, *arrays, static=(plan,))
+    arrays = ids, class_ids, order, features
+    logits, features = _run(_read_in_order, model, (plan,), *arrays)
     return Pass(logits, features, masked)
 
 
-def _pass(
-    model: ENAT | AutoNAT, ids: Array, order: Array, class_ids: Array, features: Array, plan: Plan
+def _read_together(model: AutoNAT, ids: Array, class_ids: Array) -> tuple[Array, Array]:
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    features = model(model.condition(class_ids), ids, positions)
+    return model.logits(features), features
+
+
+def _read_in_order(
+    model: ENAT, ids: Array, class_ids: Array, order: Array, features: Array, plan: Plan
 ) -> tuple[Array, Array]:
-    """Logits and features of all tokens, which are in `order` the previous, new and masked ones."""
-    condition: Any = model.condition(class_ids)
-    in_order = jnp.take_along_axis(ids, order, axis=1)
-    if isinstance(model, AutoNAT):
-        together = model(condition, in_order, order)
-    else:
-        new = slice(plan.previous, plan.previous + plan.new)
-        reused = jnp.take_along_axis(features, order[:, : plan.previous, None], axis=1)
-        positions = order[:, new], order[:, new.stop :]
-        parts = model(condition, in_order[:, new], *positions, [plan], features=reused)
-        together = jnp.concatenate([part for part in parts if part is not None], axis=1)
-    together = jnp.take_along_axis(together, jnp.argsort(order, axis=1)[..., None], axis=1)
-    return model.logits(together), together
+    new = slice(plan.previous, plan.previous + plan.new)
+    token_ids = jnp.take_along_axis(ids, order, axis=1)[:, new]
+    reused = jnp.take_along_axis(features, order[:, : plan.previous, None], axis=1)
+    positions = order[:, new], order[:, new.stop :]
+    parts = model(model.condition(class_ids), token_ids, *positions, [plan], features=reused)
+    features = jnp.concatenate([part for part in parts if part is not None], axis=1)
+    features = jnp.take_along_axis(features, jnp.argsort(order, axis=1)[..., None], axis=1)
+    return model.logits(features), features
 
 
 def _tokens(model: ENAT | AutoNAT, recorded: Arrays) -> Replayed:
@@ -226,36 +224,29 @@ def _generation(model: ENAT | AutoNAT, recorded: Arrays) -> dict[str, np.ndarray
         sampling_temperature=np.maximum(given["samp_temp"], 1e-4),
         guidance_scale=given["cfg_scale"],
     )
-    layout, traced = plan_generation(
-        strategy,
-        cfg.length,
-        partial(step_flops, cfg),
-        reuse=cfg.carries_features,
-        reads_masked=cfg.carries_masked_features,
-        buckets=1,
-    )
+    reads = {"reuse": cfg.carries_features, "reads_masked": cfg.carries_masked_features}
+    cost = partial(step_flops, cfg)
+    layout, traced = plan_generation(strategy, cfg.length, cost, buckets=1, **reads)
     noise = given["gumbel_sample"], given["gumbel_conf"]
-    final, (records,) = _run(_generate, model, labels, traced, *noise, static=(layout,))
-    names = ["sampled_ids", "sampled_logp", "confidence", "logits", "cond_logits"]
-    names += ["uncond_logits"] if layout.buckets[0].guided else []
-    ours = {name: np.array(given[name]) for name in names if name in given}
+    final, (records,) = _run(_generate, model, (layout,), labels, traced, *noise)
+    positions, logits, conditional, unconditional, sampled, confidence, _ = map(np.asarray, records)
+    decided = {
+        "is_mask": np.ones_like(positions, bool),
+        "sampled_ids": sampled,
+        "sampled_logp": np.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0],
+        "confidence": confidence,
+        "logits": logits,
+        "cond_logits": conditional,
+    }
+    if layout.buckets[0].guided:
+        decided["uncond_logits"] = unconditional
+    exists = np.arange(positions.shape[2]) < np.asarray(traced.masked)[:, None, None]
+    exists = np.broadcast_to(exists, positions.shape)  # the others pad the bucket
+    where = *np.nonzero(exists)[:2], positions[exists]
+    ours = {name: given[name].copy() for name in decided if name in given}
     ours["is_mask"] = np.zeros((steps, *final.shape), bool)
-    for step, masked in enumerate(np.asarray(traced.masked)):
-        positions, logits, conditional, unconditional, sampled, confidence, _ = (
-            np.asarray(x)[step, :, :masked]
-            for x in records  # without padding
-        )
-        decided = {
-            "is_mask": True,
-            "sampled_ids": sampled,
-            "sampled_logp": np.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0],
-            "confidence": confidence,
-            "logits": logits,
-            "cond_logits": conditional,
-            "uncond_logits": unconditional,
-        }
-        for name, array in ours.items():
-            array[step][np.arange(len(labels))[:, None], positions] = decided[name]
+    for name, array in ours.items():
+        array[where] = decided[name][exists]
     return {"final_ids": np.asarray(final), **ours}
 
 
@@ -282,12 +273,12 @@ def _vqgan(model: VQGAN, recorded: Arrays) -> Replayed:
 
     def decoded(ids: Int[np.ndarray, "b v u"]) -> Array:
         flat, grid = ids.reshape(len(ids), -1), ids.shape[1:]
-        return jnp.moveaxis(_run(VQGAN.decode, model, flat, static=(grid,)), -1, 1)
+        return jnp.moveaxis(_run(VQGAN.decode, model, (grid,), flat), -1, 1)
 
     if "image" in recorded:
         encoder = model.encoder
-        latents = _run(type(encoder).__call__, encoder, np.moveaxis(recorded["image"], 1, -1))
-        indices = np.asarray(_run(VQGAN.nearest, model, latents))
+        latents = _run(type(encoder).__call__, encoder, (), np.moveaxis(recorded["image"], 1, -1))
+        indices = np.asarray(_run(VQGAN.nearest, model, (), latents))
         yield "encoder_out", jnp.moveaxis(latents, -1, 1)
         yield "indices", indices
         yield "decode", decoded(recorded.get("indices", indices))
@@ -299,5 +290,5 @@ def _inception(network: Inception, recorded: Arrays) -> Replayed:
     """Pool features of every group of images."""
     for key in recorded:
         if key.endswith("/images"):
-            features = _run(type(network).__call__, network, np.moveaxis(recorded[key], 1, -1))
+            features = _run(type(network).__call__, network, (), np.moveaxis(recorded[key], 1, -1))
             yield f"{key.removesuffix('images')}features", features.pool

@@ -31,9 +31,7 @@ _ENTRIES = ("params", "state_dict")  # where MaskGIT's and Lightning's files hol
 def about(path: object, otherwise: str = "") -> Iterator[None]:
     """Puts a file's name before what is wrong with it.
 
-    Args:
-        path: the file.
-        otherwise: what errors of any other class mean, where they come of the file's bytes.
+    `otherwise` is what errors of any other class mean, where they come of the file's bytes.
     """
     try:
         yield
@@ -59,12 +57,11 @@ def read_weights(
             deeper; by default `params` or `state_dict` where there is such a dict, or else all.
 
     Returns:
-        Name to array: read-only, possibly sharing memory with each other, in the file's dtypes
-        (bfloat16 as `ml_dtypes.bfloat16`). In Flax's files names are dotted paths below `key`.
+        Name to array, read-only and in the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`); in
+        Flax's files names are dotted paths below `key`.
 
     Raises:
-        UserError: a file that is missing, corrupt, of another kind, or that asks for anything
-            beyond plain tensors.
+        UserError: a file that is missing, corrupt, of another kind, or of more than plain tensors.
     """
     with about(path, "corrupt, or no weight file"):
         arrays = _read(path, key)

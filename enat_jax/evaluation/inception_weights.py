@@ -54,8 +54,7 @@ TABLE = [
 def never_read(name: str) -> bool:
     """Whether a published tensor has no part in the features.
 
-    Counters of training batches; and the classifier's bias, which the Inception Score leaves out
-    (see `Features.logits`).
+    Counters of training batches; and the bias of the logits (see `Features.logits`).
     """
     return name.endswith(".num_batches_tracked") or name == "fc.bias"
 

@@ -2,14 +2,12 @@
 
 Both name the parameters of one network, PyTorch's being a port of Flax's. What is known of them:
 
-* MAGE's `vqgan_jax_strongaug.ckpt`. MAGE's and ENAT's `VQModel` load it with `strict=True` into an
-  encoder, a decoder and a codebook, from the entry `state_dict` where there is one: so it holds
-  these tensors and no others. Sizes are those of MAGE's `config/vqgan.yaml`.
-* MaskGIT's `tokenizer_imagenet256_checkpoint` and `tokenizer_imagenet512_checkpoint`. The names
-  follow from the order in which MaskGIT's `nets/vqgan_tokenizer.py` calls its layers, and public
-  converters to PyTorch read them so; the sizes from its configs, which know one VQGAN and change
-  only the image size from 256 to 512. Its inference hands the whole file to `Module.apply`, so the
-  top level is `params`. Beside `params` the file may hold what `apply` does not look at.
+* MAGE's `vqgan_jax_strongaug.ckpt`: MAGE's and ENAT's `VQModel` load it with `strict=True`, from
+  the entry `state_dict` where there is one, so it holds these tensors and no others. Sizes are
+  those of MAGE's `config/vqgan.yaml`.
+* MaskGIT's `tokenizer_imagenet256_checkpoint` and `..512..`: names follow from the order in which
+  `nets/vqgan_tokenizer.py` calls its layers, and public converters to PyTorch read them so; one
+  size serves both resolutions. `Module.apply` takes the whole file, so its top level is `params`.
 
 The files themselves were not at hand: what they hold beyond this would be refused by name.
 """
@@ -74,16 +72,11 @@ def never_read(name: str) -> bool:
 
 
 def layout_of(weights: Weights) -> Layout:
-    """Which of the two tables names these weights.
-
-    Raises:
-        UserError: no codebook of either.
-    """
+    """Which of the two tables names these weights, by the codebook; a UserError if neither does."""
     layouts: list[Layout] = [layout for name, layout in _CODEBOOKS.items() if name in weights]
     if len(layouts) != 1:
-        raise UserError(
-            f"these are not a VQGAN's weights: {len(layouts)} of {', '.join(_CODEBOOKS)}, must be 1"
-        )
+        names = ", ".join(_CODEBOOKS)
+        raise UserError(f"these are not a VQGAN's weights: {len(layouts)} of {names}, must be 1")
     return layouts[0]
 
 

@@ -4,6 +4,7 @@
 torch sees them, bfloat16 widened to float32.
 """
 
+import io
 import pickle
 import struct
 import zipfile
@@ -39,16 +40,16 @@ TREE = {"params": {"encoder": {"kernel": GRID, "bias": np.ones(3)}, "codebook": 
 
 
 @pytest.fixture
-def read(tmp_path):
-    """Writes bytes, or a tree as flax does, and reads them."""
+def put(tmp_path):
+    """Writes bytes, or a tree as flax does; returns the path."""
 
-    def read(content, key=None, name="weights"):
+    def put(content, name="weights"):
         if not isinstance(content, bytes):
             content = serialization.to_bytes(content)
         (tmp_path / name).write_bytes(content)
-        return read_weights(tmp_path / name, key)
+        return tmp_path / name
 
-    return read
+    return put
 
 
 def refusal(path, key=None):
@@ -59,17 +60,6 @@ def refusal(path, key=None):
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     return message.removeprefix(f"{path}: ")
-
-
-@pytest.fixture
-def refused(tmp_path):
-    def refused(content, key=None):
-        if not isinstance(content, bytes):
-            content = serialization.to_bytes(content)
-        (tmp_path / "weights").write_bytes(content)
-        return refusal(tmp_path / "weights", key)
-
-    return refused
 
 
 class TestTorch:
@@ -260,39 +250,42 @@ class TestNothingIsExecuted:
 
 
 class TestFlax:
-    def test_arrays_are_named_by_their_path(self, read):
-        arrays = read(TREE)
+    def test_arrays_are_named_by_their_path(self, put):
+        arrays = read_weights(put(TREE))
         assert sorted(arrays) == ["codebook", "encoder.bias", "encoder.kernel"]
         np.testing.assert_array_equal(arrays["codebook"], GRID.T)
         assert not arrays["codebook"].flags.writeable
-        assert sorted(read({"model": TREE})) == [f"model.params.{name}" for name in sorted(arrays)]
-        assert sorted(read({"model": TREE, "step": 7}, "model.params.encoder")) == [
-            "bias", "kernel",
-        ]  # fmt: skip
+        assert sorted(read_weights(put({"model": TREE}))) == [
+            f"model.params.{name}" for name in sorted(arrays)
+        ]
+        beside = put({"model": TREE, "step": 7})
+        assert sorted(read_weights(beside, "model.params.encoder")) == ["bias", "kernel"]
 
     @pytest.mark.parametrize(
         "dtype", ["float32", "float16", "float64", "int32", "uint8", "bool", ml_dtypes.bfloat16]
     )
-    def test_they_keep_their_type(self, read, dtype):
-        (array,) = read({"x": GRID.astype(dtype)}).values()
+    def test_they_keep_their_type(self, put, dtype):
+        (array,) = read_weights(put({"x": GRID.astype(dtype)})).values()
         assert array.dtype == np.dtype(dtype)
         np.testing.assert_array_equal(array, GRID.astype(dtype))
 
-    def test_scalars_and_empty_arrays_are_arrays(self, read):
-        arrays = read({"scalar": np.float32(2.5), "none": np.zeros((0, 3), np.float32)})
+    def test_scalars_and_empty_arrays_are_arrays(self, put):
+        arrays = read_weights(
+            put({"scalar": np.float32(2.5), "none": np.zeros((0, 3), np.float32)})
+        )
         assert arrays["scalar"].shape == ()
         assert arrays["scalar"] == 2.5
         assert arrays["none"].shape == (0, 3)
 
-    def test_large_ones_written_in_chunks_are_put_together(self, read, monkeypatch):
+    def test_large_ones_written_in_chunks_are_put_together(self, put, monkeypatch):
         monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 8)
         written = serialization.to_bytes({"a": {"b": GRID}})
         assert b"chunked" in written
-        np.testing.assert_array_equal(read(written)["a.b"], GRID)
+        np.testing.assert_array_equal(read_weights(put(written))["a.b"], GRID)
 
     @pytest.mark.parametrize("leaf", [7, "vqgan", None, np.ones(1, np.complex64)])
-    def test_leaves_that_are_no_numbers_are_named(self, refused, leaf):
-        message = refused({"a": {"step": leaf, "x": FLOATS}})
+    def test_leaves_that_are_no_numbers_are_named(self, put, leaf):
+        message = refusal(put({"a": {"step": leaf, "x": FLOATS}}))
         assert message.startswith("entries that are not named tensors: 'a.step' (")
 
     @pytest.mark.parametrize(
@@ -300,39 +293,32 @@ class TestFlax:
         [
             msgpack.ExtType(1, msgpack.packb(((2, 3), "float32", bytes(20)))),
             msgpack.ExtType(1, msgpack.packb(((2**62, 2**62), "float32", bytes(24)))),
-            msgpack.ExtType(1, msgpack.packb((7.5, "float32", bytes(24)))),
             msgpack.ExtType(1, msgpack.packb(((3,), "O", bytes(24)))),
             msgpack.ExtType(1, msgpack.packb(((3,), "no such type", bytes(24)))),
             msgpack.ExtType(1, b""),
-            msgpack.ExtType(2, b"\x91\x01"),
             msgpack.ExtType(9, b"other"),
-            {"__msgpack_chunked_array__": True},
             {"__msgpack_chunked_array__": True, "shape": {"1": 3}, "chunks": {"0": 5}},
         ],
     )
-    def test_arrays_whose_parts_disagree_are_refused(self, refused, array):
-        assert refused(msgpack.packb({"x": array}))
+    def test_arrays_whose_parts_disagree_are_refused(self, put, array):
+        assert refusal(put(msgpack.packb({"x": array})))
 
     @pytest.mark.parametrize("depth", [300, 5000])
-    def test_a_deeply_nested_tree_is_refused(self, refused, depth):
-        assert refused(b"\x81\xa1a" * depth + b"\x01")
+    def test_a_deeply_nested_tree_is_refused(self, put, depth):
+        assert refusal(put(b"\x81\xa1a" * depth + b"\x01"))
 
 
 class TestSafetensors:
     @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
-    def test_they_are_read_whatever_their_suffix(self, read, name):
+    def test_they_are_read_whatever_their_suffix(self, put, name):
         arrays = {"float32": GRID, "scalar": np.array(2.5), "empty": np.zeros((0, 3))}
         arrays["bfloat16"] = FLOATS.astype(ml_dtypes.bfloat16)
-        weights = read(safetensors.numpy.save(arrays), name=name)
+        weights = read_weights(put(safetensors.numpy.save(arrays), name))
         assert weights.keys() == arrays.keys()
         for entry, array in arrays.items():
             assert weights[entry].dtype == array.dtype
             assert not weights[entry].flags.writeable
             np.testing.assert_array_equal(weights[entry], array)
-
-    def test_a_file_whose_length_begins_as_flaxs_would_is_none_of_flaxs(self, read):
-        lengths = [len(read(safetensors.numpy.save({"w" * (n + 1): FLOATS}))) for n in range(300)]
-        assert set(lengths) == {1}
 
     @pytest.mark.parametrize(
         "header",
@@ -343,8 +329,9 @@ class TestSafetensors:
             "{",
         ],
     )
-    def test_unsound_ones_are_refused(self, refused, header):
-        assert refused(struct.pack("<Q", len(header)) + header.encode() + FLOATS.tobytes())
+    def test_unsound_ones_are_refused(self, put, header):
+        content = struct.pack("<Q", len(header)) + header.encode() + FLOATS.tobytes()
+        assert refusal(put(content))
 
 
 class TestEntries:
@@ -385,53 +372,41 @@ class TestDamage:
             return serialization.to_bytes(TREE)
         if kind == "safetensors":
             return safetensors.numpy.save({"w": GRID, "b": FLOATS})
-        return TORCH.read_bytes()
-
-    @pytest.mark.parametrize("kind", ["torch", "flax", "safetensors"])
-    def test_a_file_cut_short_is_refused(self, refused, kind):
-        content = self.sound(kind)
-        for length in range(1, len(content), max(7, len(content) // 30)):
-            assert refused(content[:length])
-
-    @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-    def test_a_corrupt_torch_file_is_refused_or_reads_the_same(self, tmp_path, read, compression):
-        path, rng, sound = tmp_path / "copy.pth", np.random.default_rng(0), read_weights(TORCH)
-        with zipfile.ZipFile(TORCH) as old, zipfile.ZipFile(path, "w", compression) as new:
+        content = io.BytesIO()
+        how = zipfile.ZIP_DEFLATED if kind == "deflated torch" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(TORCH) as old, zipfile.ZipFile(content, "w", how) as new:
             for name in old.namelist():
                 new.writestr(name, old.read(name))
-        content, refused = path.read_bytes(), 0
+        return content.getvalue()
+
+    @pytest.mark.parametrize("kind", ["torch", "flax", "safetensors"])
+    def test_a_file_cut_short_is_refused(self, put, kind):
+        content = self.sound(kind)
+        for length in range(1, len(content), max(7, len(content) // 30)):
+            assert refusal(put(content[:length]))
+
+    @pytest.mark.parametrize("kind", ["torch", "deflated torch", "flax", "safetensors"])
+    def test_a_corrupt_file_is_refused_or_reads_as_arrays(self, put, kind):
+        content, rng, refused = self.sound(kind), np.random.default_rng(0), 0
+        sound = {n: x.tobytes() for n, x in read_weights(put(content)).items()}
         for position in rng.integers(2, len(content), 300):
             damaged = bytearray(content)
             damaged[position] ^= 1 << rng.integers(8)
             try:
-                weights = read(bytes(damaged))
-            except UserError:
-                refused += 1
-            else:
-                assert {n: x.tobytes() for n, x in weights.items()} == {
-                    n: x.tobytes() for n, x in sound.items()
-                }
-        assert 100 < refused < 300
-
-    @pytest.mark.parametrize("kind", ["flax", "safetensors"])
-    def test_any_other_corrupt_file_is_refused_or_reads_as_arrays(self, read, kind):
-        content, rng, refused = self.sound(kind), np.random.default_rng(0), 0
-        for position in rng.integers(0, len(content), 300):
-            damaged = bytearray(content)
-            damaged[position] ^= 1 << rng.integers(8)
-            try:
-                arrays = read(bytes(damaged))
+                arrays = read_weights(put(bytes(damaged)))
             except UserError:
                 refused += 1
             else:
                 assert all(isinstance(array, np.ndarray) for array in arrays.values())
+                if "torch" in kind:  # which has a sum of everything that is read
+                    assert {n: x.tobytes() for n, x in arrays.items()} == sound
         assert 100 < refused < 300
 
     @pytest.mark.parametrize(
         "content", [b"", b"<!DOCTYPE html>\n", b"\x93\x01\x02\x03", pickle.dumps(1001, 2)]
     )
-    def test_foreign_files_are_refused(self, refused, content):
-        assert refused(content).startswith("neither a torch zip file (torch >= 1.6)")
+    def test_foreign_files_are_refused(self, put, content):
+        assert refusal(put(content)).startswith("neither a torch zip file (torch >= 1.6)")
 
     def test_missing_files_and_archives_of_something_else_are_refused(self, tmp_path):
         assert "No such file" in refusal(tmp_path / "missing.pth")
