@@ -26,39 +26,28 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     """Does the job; returns the exit code."""
-    from functools import partial
-
     from enat_jax.config import load_config
-    from enat_jax.convert import published
-    from enat_jax.evaluation import inception_weights as inception
+    from enat_jax.convert.published import KINDS, write_checkpoint
+    from enat_jax.convert.verify import verify_files
 
-    idle = {"vqgan": ["config"], "inception": ["config", "key", "out"]}.get(args.kind, [])
-    if given := [f"--{name}" for name in idle if args[name].value is not None]:
-        raise UserError(f"--kind={args.kind} takes no {', '.join(given)}")
-    write = None
-    if args.kind in ("enat", "autonat"):
-        config = load_config(args.config, overrides) if args.config else None
-        config, params = published.convert_network(
-            args.source, name=args.kind, config=config, key=args.key
-        )
-        print(f"{args.source} fits: {config.model}")
-        found = published.replay_network(config, params, args.verify)
-        tolerance = 5e-5 if args.kind == "enat" else 1e-4
-        write = partial(published.write_checkpoint, config, params)
-    elif args.kind == "vqgan":
-        vqgan, params = published.convert_vqgan(args.source, key=args.key)
-        print(f"{args.source} fits: {vqgan}")
-        found, tolerance = published.replay_vqgan(vqgan, params, args.verify), 1e-4
-        write = partial(published.write_vqgan, vqgan, params, source=args.source)
-    else:
-        network = inception.load_inception(args.source)
-        print(f"{args.source} is FID's Inception; give its path where the network is wanted")
-        found, tolerance = published.replay_inception(network, args.verify), 1e-3
-    tolerance = tolerance if args.tolerance is None else args.tolerance
-    if not published.report(found, tolerance, print):
+    kind = KINDS[args.kind]
+    given = [name for name in ("config", "key", "out") if args[name].value is not None]
+    if idle := [f"--{name}" for name in given if name not in kind.takes]:
+        raise UserError(f"--kind={args.kind} takes no {', '.join(idle)}")
+    how = {name: args[name].value for name in given if name != "out"}
+    if "config" in how:
+        how["config"] = load_config(args.config, overrides)
+    imported = kind.read(args.source, **how)
+    use = "" if "out" in kind.takes else "; give its path where the network is wanted"
+    print(f"{args.source} fits: {imported.what}{use}")
+    comparisons = verify_files(imported.model, args.verify)
+    tolerance = kind.tolerance if args.tolerance is None else args.tolerance
+    for comparison in comparisons:
+        print(comparison.row(tolerance))
+    if any(comparison.fails(tolerance) for comparison in comparisons):
         print(f"beyond tolerance {tolerance:g}", file=sys.stderr)
         return 1
-    if write and args.out:
-        write(args.out)
+    if args.out:
+        write_checkpoint(imported, args.out)
         print(f"wrote the checkpoint to {args.out}")
     return 0

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,37 +16,44 @@ from flax import nnx
 
 from enat_jax.checkpoints.digests import file_digest
 from enat_jax.checkpoints.store import Checkpoints
-from enat_jax.checkpoints.tokenizer import CHECKPOINTS, abstract_vqgan
+from enat_jax.checkpoints.tokenizer import CHECKPOINTS
 from enat_jax.config import Config, config_from_dict
-from enat_jax.convert.flax_file import is_flax_file, read_flax
-from enat_jax.convert.torch_file import read_weights
-from enat_jax.convert.torch_pickle import WeightFileError
-from enat_jax.convert.verify import Comparison, verify
-from enat_jax.convert.verify_autonat import verify_autonat
-from enat_jax.convert.verify_images import verify_inception, verify_vqgan
-from enat_jax.evaluation.inception import Inception
-from enat_jax.models.autonat import weights as autonat_rules
-from enat_jax.models.enat import weights as enat_rules
-from enat_jax.models.import_table import ConvertError, apply_rules
-from enat_jax.models.networks import abstract_params
-from enat_jax.tokenizers import vqgan_weights as vqgan_rules
-from enat_jax.tokenizers.vqgan import VQGANConfig
+from enat_jax.convert.weight_file import about, read_weights
+from enat_jax.errors import UserError
+from enat_jax.evaluation.inception_weights import load_inception
+from enat_jax.models.autonat import weights as autonat_weights
+from enat_jax.models.enat import weights as enat_weights
+from enat_jax.models.import_table import fill
+from enat_jax.models.networks import make_network
+from enat_jax.tokenizers import vqgan_weights
+from enat_jax.tokenizers.vqgan import VQGAN
 
-_TABLES: dict[str, ModuleType] = {"enat": enat_rules, "autonat": autonat_rules}
+Path = str | os.PathLike[str]
 
 
-def convert_network(
-    source: str | os.PathLike[str],
-    *,
-    name: str = "enat",
-    config: Config | None = None,
-    key: str | None = None,
-) -> tuple[Config, nnx.State]:
+class Imported(NamedTuple):
+    """A network with published weights.
+
+    Attributes:
+        what: the network in a few words.
+        model: the network itself, computing in float32.
+        metadata: what its checkpoint says of it; empty where none is made.
+    """
+
+    what: str
+    model: nnx.Module
+    metadata: dict[str, Any]
+
+
+def read_network(
+    name: str, table: ModuleType, source: Path, config: Config | None = None, key: str | None = None
+) -> Imported:
     """Reads the published weights of a network that predicts tokens.
 
     Args:
+        name: which network, as `model.name` has it.
+        table: its import table.
         source: a `.pth` or `.safetensors` file.
-        name: which network, `enat` or `autonat`.
         config: says what weights cannot (heads; ENAT's encoder depth); by default it is read from
             a `config.json` beside the source, with the reference's `num_heads` and `enc_dec`.
         key: which entry of a training checkpoint holds the weights.
@@ -52,174 +61,105 @@ def convert_network(
     Raises:
         UserError: an unreadable file, or weights that do not fit, every tensor named.
     """
-    table = _TABLES[name]
     if config is not None and config.model.name != name:
-        raise ConvertError(f"the config's model.name is {config.model.name!r}, must be {name!r}")
+        raise UserError(f"the config's model.name is {config.model.name!r}, must be {name!r}")
     weights = read_weights(source, key)
-    sizes = table.sizes_from_weights(weights)
-    if config is not None:
-        if wrong := table.differences(config.model, sizes):
-            raise ConvertError(f"the weights are of another model: {'; '.join(wrong)}")
-    else:
-        grid = enat_rules.grid_of(sizes["length"])
-        model = {"name": name, **_with_config_beside(pathlib.Path(source), table, sizes)}
-        tokenizer = {"name": "none", "grid": grid}
-        config = config_from_dict({"model": model, "tokenizer": tokenizer, **table.RECIPE})
-    _, abstract = abstract_params(config.model)
-    return config, apply_rules(
-        table.rules(config.model), weights, abstract, unused=table.never_read
-    )
+    with about(source):
+        sizes = table.sizes_from_weights(weights)  # of fields, and of sums of fields
+        if config is None:
+            told = {field: size for field, size in sizes.items() if "+" not in field}
+            told |= _read_beside(pathlib.Path(source).with_name("config.json"), table.BESIDE)
+            side = math.isqrt(sizes["length"])
+            sections = {"model": {"name": name, **told}, "tokenizer": {"grid": (side, side)}}
+            config = config_from_dict(sections | table.RECIPE)
+        ours = {s: sum(getattr(config.model, field) for field in s.split(" + ")) for s in sizes}
+        wrong = [
+            f"model.{s.replace(' + ', ' + model.')} = {ours[s]}, the weights have {sizes[s]}"
+            for s in sizes
+            if ours[s] != sizes[s]
+        ]
+        if wrong:
+            raise UserError(f"the weights are of another model: {'; '.join(wrong)}")
+        cfg = dataclasses.replace(config.model, dtype="float32", attention="xla")
+        model = fill(partial(make_network, cfg), table.rules(cfg), weights, table.never_read)
+    return Imported(str(config.model), model, {"config": dataclasses.asdict(config)})
 
 
-def _with_config_beside(
-    source: pathlib.Path, table: ModuleType, sizes: dict[str, Any]
-) -> dict[str, Any]:
-    """All sizes of a network, those that weights do not tell from a `config.json` beside them."""
-    path = source.parent / "config.json"
-    advice = f"give --config, or put {table.BESIDE} into {path}"
+def _read_beside(path: pathlib.Path, needed: dict[str, list[str]]) -> dict[str, Any]:
+    """Our fields from the reference's own config, by what it calls them."""
+    advice = f"give --config, or put {' and '.join(needed)} into {path}"
     try:
-        return table.complete(sizes, json.loads(path.read_text()))
+        recorded = json.loads(path.read_text())
+        return {
+            ours: value
+            for theirs, fields in needed.items()
+            for ours, value in zip(fields, np.ravel(recorded[theirs]).tolist(), strict=True)
+        }
     except FileNotFoundError as error:
-        raise ConvertError(f"weights do not tell {table.BESIDE}: {advice}") from error
-    except ConvertError as error:
-        raise ConvertError(f"{path}: {error}") from error
+        raise UserError(f"weights do not tell {' and '.join(needed)}: {advice}") from error
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConvertError(f"{path}: {type(error).__name__}: {error}; {advice}") from error
+        raise UserError(f"{path}: {type(error).__name__}: {error}; {advice}") from error
 
 
-def convert_vqgan(
-    source: str | os.PathLike[str], *, key: str | None = None
-) -> tuple[VQGANConfig, nnx.State]:
-    """Reads published VQGAN weights; the file's first bytes and its names tell whose.
-
-    Args:
-        source: a `.ckpt`, `.pth` or `.safetensors` file with PyTorch's names (MAGE), or a file of
-            `flax.serialization` (MaskGIT).
-        key: the entry that holds the weights; by default `params` of a Flax file, and of a torch
-            file the whole or its `state_dict`.
+def read_vqgan(source: Path, key: str | None = None) -> Imported:
+    """Reads published VQGAN weights, under PyTorch's names (MAGE) or Flax's (MaskGIT).
 
     Raises:
         UserError: an unreadable file, or weights that do not fit, every tensor named.
     """
-    if is_flax_file(source):
-        weights = read_flax(source, "params" if key is None else key)
-    else:
-        try:
-            weights = read_weights(source, key)
-        except WeightFileError as error:
-            try:
-                weights = read_weights(source, key or "state_dict")
-            except WeightFileError:
-                raise error from None  # what is wrong with the file itself tells more
-    try:
-        cfg = vqgan_rules.sizes_from_weights(weights)
-        _, abstract = abstract_vqgan(cfg)
-        table = vqgan_rules.rules(cfg, vqgan_rules.layout_of(weights))
-        return cfg, apply_rules(table, weights, abstract, unused=vqgan_rules.never_read)
-    except ConvertError as error:
-        raise ConvertError(f"{source}: {error}") from error
+    weights = read_weights(source, key)
+    with about(source):
+        cfg = vqgan_weights.sizes_from_weights(weights)
+        rules = vqgan_weights.rules(cfg, vqgan_weights.layout_of(weights))
+        model = fill(partial(VQGAN, cfg), rules, weights, vqgan_weights.never_read)
+        digest = file_digest(source)
+    metadata = {"kind": "vqgan", "vqgan": dataclasses.asdict(cfg)}
+    metadata |= {"source": pathlib.Path(source).name, "source_sha256": digest}
+    return Imported(str(cfg), model, metadata)
 
 
-def replay_network(config: Config, params: nnx.State, files: Sequence[str]) -> list[Comparison]:
-    """Replays recordings on the imported network, in float32 whatever the config says.
+def read_inception(source: Path) -> Imported:
+    """Reads FID's Inception, which is used straight from its published file."""
+    what = "FID's Inception; give its path where the network is wanted"
+    return Imported(what, load_inception(source), {})
 
-    Raises:
-        ConvertError: a file that cannot be read or holds nothing to replay.
+
+class Kind(NamedTuple):
+    """How the published weights of one network are read.
+
+    Attributes:
+        read: called with the source, `config` and `key`.
+        takes: the flags it takes of `config`, `key` and `out`.
+        tolerance: largest difference from recorded arrays that is accepted by default.
     """
-    cfg = dataclasses.replace(config.model, dtype="float32", attention="xla")
-    graphdef, _ = abstract_params(cfg)
-    model = nnx.merge(graphdef, params)
-    compare_all = verify_autonat if cfg.name == "autonat" else verify
-    return _replay(files, lambda recorded: compare_all(model, recorded))
+
+    read: Callable[..., Imported]
+    takes: tuple[str, ...]
+    tolerance: float
 
 
-def replay_vqgan(cfg: VQGANConfig, params: nnx.State, files: Sequence[str]) -> list[Comparison]:
-    """As `replay_network`; see `verify_images.verify_vqgan` for what the files hold."""
-    graphdef, _ = abstract_vqgan(cfg)
-    model = nnx.merge(graphdef, params)
-    return _replay(files, lambda recorded: verify_vqgan(model, recorded))
+ALL = ("config", "key", "out")
+KINDS = {
+    "enat": Kind(partial(read_network, "enat", enat_weights), ALL, 5e-5),
+    "autonat": Kind(partial(read_network, "autonat", autonat_weights), ALL, 1e-4),
+    "vqgan": Kind(read_vqgan, ("key", "out"), 1e-4),
+    "inception": Kind(read_inception, (), 1e-3),
+}
 
 
-def replay_inception(network: Inception, files: Sequence[str]) -> list[Comparison]:
-    """As `replay_network`; see `verify_images.verify_inception` for what the files hold."""
-    return _replay(files, lambda recorded: verify_inception(network, recorded))
-
-
-def _replay(
-    files: Sequence[str], compare_all: Callable[[dict[str, np.ndarray]], list[Comparison]]
-) -> list[Comparison]:
-    found = []
-    for file in files:
-        try:
-            with open(file, "rb") as content, np.load(content, allow_pickle=False) as arrays:
-                recorded = dict(arrays)
-        except Exception as error:  # NumPy lets pass what zip files and pickles raise
-            raise ConvertError(f"cannot read the recording {file}: {error}") from error
-        try:
-            found += compare_all(recorded)
-        except ConvertError as error:
-            raise ConvertError(f"{file}: {error}") from error
-    return found
-
-
-def report(
-    comparisons: Sequence[Comparison], tolerance: float, say: Callable[[str], object]
-) -> bool:
-    """Prints the largest difference per group of arrays; whether all are within tolerance."""
-    groups: dict[tuple[str, bool], list[Comparison]] = {}
-    for each in comparisons:
-        groups.setdefault((each.name.rpartition("/")[0], each.exact), []).append(each)
-    for (name, exact), members in groups.items():
-        bad = any(each.fails(tolerance) for each in members)
-        size = sum(each.size for each in members)
-        worst = np.max([each.difference for each in members])
-        what = (
-            f"{int(sum(m.difference for m in members))} of {size} differ"
-            if exact
-            else (f"largest difference {worst:.2e} over {size} numbers")
-        )
-        say(f"{'FAIL' if bad else 'ok  '} {name} {'ids' if exact else 'floats'}: {what}")
-    return not any(each.fails(tolerance) for each in comparisons)
-
-
-def write_checkpoint(config: Config, params: nnx.State, out: str | os.PathLike[str]) -> None:
-    """Writes the weights as step 0 of a workdir, as parameters and as moving average.
+def write_checkpoint(imported: Imported, out: Path) -> None:
+    """Writes the weights as step 0 of a workdir, as parameters and as EMA.
 
     Raises:
         UserError: `out` holds checkpoints already, or cannot be written.
     """
-    _write(out, params, {"config": dataclasses.asdict(config)})
-
-
-def write_vqgan(
-    cfg: VQGANConfig,
-    params: nnx.State,
-    out: str | os.PathLike[str],
-    source: str | os.PathLike[str],
-) -> None:
-    """Writes a VQGAN as step 0 of a workdir, with what it was read from.
-
-    Raises:
-        UserError: `out` holds checkpoints already, or cannot be written.
-        OSError: the source is gone.
-    """
-    metadata = {
-        "kind": "vqgan",
-        "vqgan": dataclasses.asdict(cfg),
-        "source": pathlib.Path(source).name,
-        "source_sha256": file_digest(source),
-    }
-    _write(out, params, metadata)
-
-
-def _write(out: str | os.PathLike[str], params: nnx.State, metadata: dict[str, Any]) -> None:
     folder = pathlib.Path(out) / CHECKPOINTS
     if Checkpoints(folder, read_only=True).steps():
-        raise ConvertError(f"{folder} holds checkpoints already: nothing is written over")
+        raise UserError(f"{folder} holds checkpoints already: nothing is written over")
+    params = nnx.state(imported.model, nnx.Param)
     checkpoints = Checkpoints(folder)
     try:
-        ema = jax.tree.map(lambda x: x, params)
-        checkpoints.save(0, {"params": params, "ema": ema}, metadata=metadata)
-        checkpoints.wait()
+        trees = {"params": params, "ema": jax.tree.map(lambda x: x, params)}
+        checkpoints.save(0, trees, metadata=imported.metadata)
     finally:
         checkpoints.close()

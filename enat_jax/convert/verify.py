@@ -1,32 +1,57 @@
-"""Replays arrays recorded from the PyTorch network on an imported one."""
+"""Replays arrays recorded from an original network on the imported one.
 
-import re
-from collections.abc import Callable, Mapping
+An array's key says what it is of; arrays of other keys are left alone. Of `ENAT` and `AutoNAT`,
+below any prefix or none:
+
+* a forward pass: `ids` (B, L), mask ids among them, with `logits` (B, L, V), `feat` (B, L, D) and
+  `masking` (B, L) beside them, and one `context` (B, 1) of class ids in the file. ENAT's passes
+  `<chain>/0/`, `<chain>/1/`, ... reuse each other's features;
+* a generation: `final_ids` (B, L) with what `_generation` returns of every step; there or one
+  prefix up `labels` (B, 1), the noise `gumbel_sample` (T, B, L, V) and `gumbel_conf` (T, B, L),
+  and the strategy (T,), `n_mask_next`, `mask_temp`, `samp_temp` and `cfg_scale`.
+
+Of `VQGAN`, channels first and images in [0, 1]: `image` (B, 3, Y, X) with `encoder_out`
+(B, C, V, U), `indices` (B, V, U) and their `decode` (B, 3, Y, X); `random_ids` (B, V, U) with
+`random_decode`. Of `Inception`: `<name>/images` (B, 3, Y, X) with `<name>/features` (B, 2048).
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from enat_jax.core.generate import StepRecord, generate, plan_generation
+from enat_jax.convert.weight_file import about
+from enat_jax.core.generate import Layout, StepRecord, TracedStrategy, generate, plan_generation
 from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.core.strategy import GenerationStrategy
+from enat_jax.errors import UserError
+from enat_jax.evaluation.inception import Inception
+from enat_jax.models.autonat.network import AutoNAT
 from enat_jax.models.enat.network import ENAT
 from enat_jax.models.flops import step_flops
-from enat_jax.models.import_table import ConvertError
+from enat_jax.tokenizers.vqgan import VQGAN
 
 Arrays = Mapping[str, np.ndarray]
+Replayed = Iterator[tuple[str, Any]]  # keys, and our arrays for them
+
+AUTONAT_NAMES = {"mask_len": "n_mask_next", "manual_temp": "mask_temp",
+                 "manual_samp_temp": "samp_temp", "manual_cfg": "cfg_scale"}  # fmt: skip
 
 
 class Comparison(NamedTuple):
     """How far an imported network is from one recorded array.
 
     Attributes:
-        name: the array's key, steps and samples taken together.
-        difference: the largest absolute difference, or how many integers differ.
+        name: the array's key.
+        difference: the largest absolute difference, of Inception's features as a fraction of the
+            largest; or how many integers differ.
         exact: whether it counts integers.
         size: numbers compared.
     """
@@ -40,52 +65,66 @@ class Comparison(NamedTuple):
         """Whether it is out of tolerance; integers must be equal, and nothing must be NaN."""
         return not self.difference <= (0 if self.exact else tolerance)
 
+    def row(self, tolerance: float) -> str:
+        """The comparison in one line."""
+        what = f"largest difference {self.difference:.2e} of {self.size} numbers"
+        if self.exact:
+            what = f"{int(self.difference)} of {self.size} differ"
+        return f"{'FAIL' if self.fails(tolerance) else 'ok  '} {self.name}: {what}"
 
-def verify(model: ENAT, recorded: Arrays) -> list[Comparison]:
-    """Compares the network with recorded forward passes, chains of them, and generations.
 
-    Forward passes are keys `<group>/ids` (B, L) with `logits` (B, L, V) and `feat` (B, L, D)
-    beside them and one `context` (B, 1) of class ids; groups `<chain>/0`, `<chain>/1`, ... reuse
-    each other's features. Generations are keys `<trace>/<variant>/final_ids` with per-step arrays
-    beside them, and `labels`, `gumbel_sample`, `gumbel_conf` under `<trace>`.
+def verify_files(model: nnx.Module, files: Sequence[str | os.PathLike[str]]) -> list[Comparison]:
+    """`verify` with the arrays of each `.npz`.
+
+    Raises:
+        UserError: a file that cannot be read or holds nothing that can be replayed.
+    """
+    comparisons = []
+    for file in files:
+        with (
+            about(file, "no recording, or its arrays are not what their keys say"),
+            open(file, "rb") as content,
+            np.load(content, allow_pickle=False) as arrays,
+        ):
+            comparisons += verify(model, dict(arrays))
+    return comparisons
+
+
+def verify(model: nnx.Module, recorded: Arrays) -> list[Comparison]:
+    """Compares a network with everything in a recording that it can replay.
 
     Args:
-        model: the imported network, in float32.
-        recorded: arrays by key.
+        model: an imported `ENAT`, `AutoNAT`, `VQGAN` or `Inception`, in float32.
+        recorded: arrays by key; see the head of this file.
 
     Raises:
-        ConvertError: no such keys.
+        UserError: nothing to replay, or arrays of other shapes than the network's.
     """
+    replays = {ENAT: _tokens, AutoNAT: _tokens, VQGAN: _vqgan, Inception: _inception}
+    replay_all = next(each for kind, each in replays.items() if isinstance(model, kind))
     with jax.default_matmul_precision("highest"):
-        found = [*_forward_passes(model, recorded), *_generations(model, recorded)]
-    return something(found, recorded)
+        ours = {key: np.asarray(x) for key, x in replay_all(model, recorded) if key in recorded}
+    if not ours:
+        raise UserError(f"nothing to verify among the keys {sorted(recorded)[:8]} ...")
+    relative = isinstance(model, Inception)
+    return [_compare(key, x, recorded[key], relative) for key, x in ours.items()]
 
 
-def something(found: list[Comparison], recorded: Arrays) -> list[Comparison]:
-    """The comparisons, of which there must be any.
-
-    Raises:
-        ConvertError: there are none.
-    """
-    if not found:
-        raise ConvertError(f"nothing to verify among the keys {sorted(recorded)[:8]} ...")
-    return found
-
-
-def compare(name: str, ours: Any, theirs: np.ndarray) -> Comparison:
-    """How far an array of ours is from the recorded one.
-
-    Raises:
-        ConvertError: they have different shapes.
-    """
-    ours = np.asarray(ours)
+def _compare(name: str, ours: np.ndarray, theirs: np.ndarray, relative: bool) -> Comparison:
     if ours.shape != theirs.shape:
-        raise ConvertError(f"{name}: recorded {theirs.shape}, the network gives {ours.shape}")
+        raise UserError(f"{name}: recorded {theirs.shape}, the network gives {ours.shape}")
     if theirs.dtype.kind in "biu":
         return Comparison(name, float(np.sum(ours != theirs)), True, theirs.size)
     with np.errstate(invalid="ignore"):  # equal infinities differ by nothing
-        largest = np.max(np.where(ours == theirs, 0, np.abs(ours - theirs)))
-    return Comparison(name, float(largest), False, theirs.size)
+        largest = float(np.max(np.where(ours == theirs, 0, np.abs(ours - theirs))))
+    unit = float(np.abs(theirs).max()) if relative else 1.0
+    return Comparison(name, largest / unit, False, theirs.size)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _run(function: Callable[..., Any], model: nnx.Module, static: tuple, *arrays: Any) -> Any:
+    """`function(model, *arrays, *static)`, compiled once whatever the weights."""
+    return function(model, *arrays, *static)
 
 
 class Pass(NamedTuple):
@@ -93,195 +132,166 @@ class Pass(NamedTuple):
 
     logits: Float[Array, "b l v"]
     features: Float[Array, "b l d"]
-    masked: np.ndarray
+    masked: Bool[np.ndarray, "b l"]
 
 
 def replay(
-    model: ENAT, ids: Int[np.ndarray, "b l"], class_ids: Int[np.ndarray, " b"], before: Pass | None
+    model: ENAT | AutoNAT,
+    ids: Int[np.ndarray, "b l"],
+    class_ids: Int[np.ndarray, " b"],
+    before: Pass | None = None,
 ) -> Pass:
-    """One forward pass on token ids, mask ids among them, reusing the pass before.
+    """One forward pass on token ids, mask ids among them; ENAT reuses the pass before.
 
     Raises:
-        ConvertError: images with different numbers of masked tokens.
+        UserError: images with different numbers of masked tokens, of ENAT.
     """
     masked = ids == model.cfg.mask_id
+    if isinstance(model, AutoNAT):
+        logits, features = _run(_read_together, model, (), ids, class_ids)
+        return Pass(logits, features, masked)
     previous = np.zeros_like(masked) if before is None else ~before.masked
     group = np.where(masked, 2, np.where(previous, 0, 1))
-    counts = {tuple((row == g).sum() for g in range(3)) for row in group}
-    if len(counts) > 1:
-        raise ConvertError(f"images of one recording have different counts of tokens: {counts}")
-    plan = Plan(*map(int, counts.pop()))
+    if np.any(np.sort(group) != np.sort(group[:1])):
+        raise UserError("images of one recording have different counts of tokens")
+    plan = Plan(*np.bincount(group[0], minlength=3).tolist())
     order = np.argsort(group, axis=1, kind="stable")
-    graphdef, params = nnx.split(model)
     features = jnp.zeros((*ids.shape, model.cfg.width)) if before is None else before.features
-    logits, features = _replay(graphdef, params, ids, order, class_ids, features, plan)
+    arrays = ids, class_ids, order, features
+    logits, features = _run(_read_in_order, model, (plan,), *arrays)
     return Pass(logits, features, masked)
 
 
-def _replay_uncompiled(
-    graphdef: Any, params: Any, ids: Any, order: Any, class_ids: Any, features: Any, plan: Plan
+def _read_together(model: AutoNAT, ids: Array, class_ids: Array) -> tuple[Array, Array]:
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    tokens = Tokens(ids, positions, positions[:, :0])  # mask ids are among the visible ones
+    row = RowPlan((Plan(0, ids.shape[1], 0),))
+    features: Any = model(model.embed_condition(class_ids[:, None]), tokens, row).new
+    return model.logits(features), features
+
+
+def _read_in_order(
+    model: ENAT, ids: Array, class_ids: Array, order: Array, features: Array, plan: Plan
 ) -> tuple[Array, Array]:
-    model = nnx.merge(graphdef, params)
     new = slice(plan.previous, plan.previous + plan.new)
-    in_order = jnp.take_along_axis(ids, order, axis=1)
-    out = model(
-        model.embed_condition(class_ids[:, None]),
-        Tokens(in_order[:, new], order[:, new], order[:, new.stop :]),
-        RowPlan((plan,)),
-        recalled=jnp.take_along_axis(features, order[:, : plan.previous, None], axis=1),
-    )
-    together = jnp.concatenate([part for part in out if part is not None], axis=1)
-    together = jnp.take_along_axis(together, jnp.argsort(order, axis=1)[..., None], axis=1)
-    return model.logits(together), together
+    token_ids = jnp.take_along_axis(ids, order, axis=1)[:, new]
+    recalled = jnp.take_along_axis(features, order[:, : plan.previous, None], axis=1)
+    tokens = Tokens(token_ids, order[:, new], order[:, new.stop :])
+    condition = model.embed_condition(class_ids[:, None])
+    parts = model(condition, tokens, RowPlan((plan,)), recalled=recalled)
+    features = jnp.concatenate([part for part in parts if part is not None], axis=1)
+    features = jnp.take_along_axis(features, jnp.argsort(order, axis=1)[..., None], axis=1)
+    return model.logits(features), features
 
 
-_replay = jax.jit(_replay_uncompiled, static_argnums=(0, 6))
-
-
-def _forward_passes(model: ENAT, recorded: Arrays) -> list[Comparison]:
-    groups = [key.removesuffix("/ids") for key in recorded if key.endswith("/ids")]
-    groups = [group for group in groups if f"{group}/logits" in recorded and "context" in recorded]
-    groups = [group for group in groups if np.ndim(recorded[f"{group}/ids"]) == 2]
-    found, passes = [], {}
-    for group in sorted(groups, key=lambda g: (len(g.rsplit("/", 1)[-1]), g)):
-        chain, _, link = group.rpartition("/")
-        before = passes.get(f"{chain}/{int(link) - 1}") if link.isdigit() else None
-        if link.isdigit() and int(link) and before is None:
-            raise ConvertError(f"{group} continues a chain whose link before is not recorded")
-        out = replay(model, recorded[f"{group}/ids"], recorded["context"][:, 0], before)
-        passes[group] = out
-        ours = {"logits": out.logits, "feat": out.features, "masking": out.masked}
-        found += [
-            compare(f"{group}/{name}", value, recorded[f"{group}/{name}"])
-            for name, value in ours.items()
-            if f"{group}/{name}" in recorded
-        ]
-    return found
-
-
-def _generations(model: ENAT, recorded: Arrays) -> list[Comparison]:
-    found = []
+def _tokens(model: ENAT | AutoNAT, recorded: Arrays) -> Replayed:
+    """All forward passes, links of a chain in their order; then all generations."""
+    passes: dict[str, Pass] = {}
+    for key in sorted(recorded, key=lambda key: (len(key), key)):
+        prefix = key.removesuffix("ids")
+        if f"{prefix}logits" in recorded and "context" in recorded and recorded[key].ndim == 2:
+            chain, _, link = prefix.rstrip("/").rpartition("/")
+            before = passes.get(f"{chain}/{int(link) - 1}/") if link.isdigit() else None
+            if link.isdigit() and int(link) and before is None:
+                raise UserError(f"{prefix} continues a chain whose link before is not recorded")
+            passes[prefix] = replay(model, recorded[key], recorded["context"][:, 0], before)
+            for name, ours in zip(("logits", "feat", "masking"), passes[prefix], strict=True):
+                yield f"{prefix}{name}", ours
     for key in recorded:
-        if match := re.fullmatch(r"(.+)/(.+)/final_ids", key):
-            trace, variant = match.groups()
+        if f"/{key}".endswith("/final_ids"):
+            prefix = key.removesuffix("final_ids")
+            places = prefix[: prefix.rstrip("/").rfind("/") + 1], prefix
             own = {
-                name.removeprefix(f"{trace}/{variant}/"): value
-                for name, value in recorded.items()
-                if name.startswith(f"{trace}/{variant}/")
+                name.removeprefix(place): array
+                for place in places
+                for name, array in recorded.items()
+                if name.startswith(place)
             }
-            shared = {
-                name: recorded[f"{trace}/{name}"]
-                for name in ("labels", "gumbel_sample", "gumbel_conf")
-            }
-            results = {**_sampled(model, own, shared), **_branches(model, own, shared)}
-            found += [
-                compare(f"{trace}/{variant}/{name}", value, own[name])
-                for name, value in results.items()
-                if name in own
-            ]
-    return found
+            for name, ours in _generation(model, own).items():
+                yield f"{prefix}{name}", ours
 
 
-def _sampled(model: ENAT, own: Arrays, shared: Arrays) -> dict[str, np.ndarray]:
-    """What our own sampler decides at every step on the recorded noise, in raster order."""
-    strategy = GenerationStrategy(
-        mask_ratio=np.append((own["n_mask_next"][:-1] + 0.5) / model.cfg.length, 0.0),
-        choice_temperature=own["mask_temp"],
-        sampling_temperature=own["samp_temp"],
-        guidance_scale=own["cfg_scale"],
-    )
-    return decisions(model, strategy, shared, own["n_mask_next"])
-
-
-def decisions(
-    model: Any, strategy: GenerationStrategy, shared: Arrays, masked_after: np.ndarray
-) -> dict[str, np.ndarray]:
-    """What our own sampler decides at every step, in raster order.
-
-    Args:
-        model: an imported network.
-        strategy: the steps.
-        shared: `labels` (B, 1) and the noise, `gumbel_sample` (T, B, L, V) and `gumbel_conf`
-            (T, B, L).
-        masked_after: how many tokens the recording calls masked after each step.
+def _generation(model: ENAT | AutoNAT, recorded: Arrays) -> dict[str, np.ndarray]:
+    """What our own sampler decides on the recorded noise, in raster order.
 
     Returns:
-        `final_ids` (B, L); and (T, B, L) each, `ids` and `is_mask` before every step,
-        `sampled_ids`, `sampled_logp`, `confidence` (infinite where visible), `new_mask`.
+        `final_ids` (B, L); `is_mask` (T, B, L) before every step; and of the tokens masked then
+        `sampled_ids`, `sampled_logp` and `confidence` (T, B, L), and `logits`, `cond_logits` and
+        `uncond_logits` (T, B, L, V), those recorded, of other tokens as they were recorded.
     """
-    length = model.cfg.length
-    layout, traced = plan_generation(
-        strategy,
-        length,
-        lambda plan: step_flops(model.cfg, plan),
-        reuse=model.cfg.carries_features,
-        reads_masked=model.cfg.carries_masked_features,
-        buckets=strategy.steps,
+    given = {AUTONAT_NAMES.get(name, name): array for name, array in recorded.items()}
+    masked_after, labels = given["n_mask_next"], given["labels"][:, 0].astype(np.int32)
+    cfg, steps = model.cfg, len(masked_after)
+    strategy = GenerationStrategy(
+        mask_ratio=np.append((masked_after[:-1] + 0.5) / cfg.length, 0.0),
+        choice_temperature=np.append(given["mask_temp"], 0.0)[:steps],
+        sampling_temperature=np.maximum(given["samp_temp"], 1e-4),
+        guidance_scale=given["cfg_scale"],
     )
-    graphdef, params = nnx.split(model)
-
-    def run(params: Any, class_ids: Array) -> tuple[Array, list[StepRecord]]:
-        return generate(
-            nnx.merge(graphdef, params),
-            class_ids,
-            traced,
-            recorded_noise(shared["gumbel_sample"], shared["gumbel_conf"]),
-            layout=layout,
-            record=True,
-        )
-
-    final, records = jax.jit(run)(params, jnp.asarray(shared["labels"][:, 0], jnp.int32))
-    batch = final.shape[0]
-    ids = np.full((batch, length), model.cfg.mask_id, np.int32)
-    out: dict[str, list[np.ndarray]] = {}
-    for step, record in enumerate(jax.tree.map(lambda x: np.asarray(x)[0], records)):
-        is_mask = np.zeros((batch, length), bool)
-        np.put_along_axis(is_mask, record.positions, True, axis=1)
-        sampled = ids.copy()
-        np.put_along_axis(sampled, record.positions, record.sampled_ids, axis=1)
-        picked = np.take_along_axis(record.logits, record.sampled_ids[..., None], axis=-1)[..., 0]
-        values = {"sampled_logp": picked, "confidence": record.confidence}
-        for name, value in values.items():
-            raster = np.full((batch, length), np.inf, np.float32)
-            np.put_along_axis(raster, record.positions, value, axis=1)
-            values[name] = raster
-        new_mask = np.ones((batch, length), bool)
-        np.put_along_axis(new_mask, record.order[:, : length - masked_after[step]], False, axis=1)
-        values |= {"ids": ids, "is_mask": is_mask, "sampled_ids": sampled, "new_mask": new_mask}
-        for name, value in values.items():
-            out.setdefault(name, []).append(value)
-        ids = np.where(new_mask, model.cfg.mask_id, sampled).astype(np.int32)
-    return {"final_ids": np.asarray(final), **{name: np.stack(v) for name, v in out.items()}}
+    reads = {"reuse": cfg.carries_features, "reads_masked": cfg.carries_masked_features}
+    cost = partial(step_flops, cfg)
+    layout, traced = plan_generation(strategy, cfg.length, cost, buckets=1, **reads)
+    noise = given["gumbel_sample"], given["gumbel_conf"]
+    final, (records,) = _run(_generate, model, (layout,), labels, traced, *noise)
+    positions, logits, conditional, unconditional, sampled, confidence, _ = map(np.asarray, records)
+    decided = {
+        "is_mask": np.ones_like(positions, bool),
+        "sampled_ids": sampled,
+        "sampled_logp": np.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0],
+        "confidence": confidence,
+        "logits": logits,
+        "cond_logits": conditional,
+    }
+    if layout.buckets[0].guided:
+        decided["uncond_logits"] = unconditional
+    exists = np.arange(positions.shape[2]) < np.asarray(traced.masked)[:, None, None]
+    exists = np.broadcast_to(exists, positions.shape)  # the others pad the bucket
+    where = *np.nonzero(exists)[:2], positions[exists]
+    ours = {name: given[name].copy() for name in decided if name in given}
+    ours["is_mask"] = np.zeros((steps, *final.shape), bool)
+    for name, array in ours.items():
+        array[where] = decided[name][exists]
+    return {"final_ids": np.asarray(final), **ours}
 
 
-def recorded_noise(
-    token_noise: Float[np.ndarray, "t b l v"], choice_noise: Float[np.ndarray, "t b l"]
-) -> Callable[[Array, Array], tuple[Array, Array]]:
-    """Noise for `generate` that was recorded by position instead of drawn."""
-    tokens, choices = jnp.asarray(token_noise), jnp.asarray(choice_noise)
+def _generate(
+    model: ENAT | AutoNAT,
+    class_ids: Array,
+    strategy: TracedStrategy,
+    token_noise: Float[Array, "t b l v"],
+    choice_noise: Float[Array, "t b l"],
+    layout: Layout,
+) -> tuple[Array, list[StepRecord]]:
+    """Generates on noise that was recorded by position instead of drawn."""
 
     def noise(step: Array, positions: Array) -> tuple[Array, Array]:
-        return (
-            jnp.take_along_axis(tokens[step], positions[..., None], axis=1),
-            jnp.take_along_axis(choices[step], positions, axis=1),
-        )
+        tokens = jnp.take_along_axis(token_noise[step], positions[..., None], axis=1)
+        return tokens, jnp.take_along_axis(choice_noise[step], positions, axis=1)
 
-    return noise
+    return generate(model, class_ids, strategy, noise, layout=layout, record=True)
 
 
-def _branches(model: ENAT, own: Arrays, shared: Arrays) -> dict[str, np.ndarray]:
-    """Logits and features of both branches at all positions, as a chain over the recorded ids."""
-    labels = shared["labels"][:, 0]
-    branches = {"cond": labels, "uncond": np.full_like(labels, model.cfg.null_class_id)}
-    out: dict[str, Any] = {}
-    for name, class_ids in branches.items():
-        passes: list[Pass] = []
-        for ids in own["ids"]:
-            passes.append(replay(model, ids, class_ids, passes[-1] if passes else None))
-        out[f"{name}_logits"] = np.stack([each.logits for each in passes])
-        out[f"{name}_feat"] = np.stack([each.features for each in passes])
-    scale = own["cfg_scale"][:, None, None, None]
-    guided = out["cond_logits"] + scale * (out["cond_logits"] - out["uncond_logits"])
-    out["logits"] = np.asarray(jax.nn.log_softmax(guided, axis=-1))
-    chosen = own["sel_steps"] if "sel_steps" in own else slice(None)
-    return {**out, **{f"{name}_sel": value[chosen] for name, value in out.items()}}
+def _vqgan(model: VQGAN, recorded: Arrays) -> Replayed:
+    """A reconstruction stage by stage, and the decoding of other ids."""
+
+    def decoded(ids: Int[np.ndarray, "b v u"]) -> Array:
+        flat, grid = ids.reshape(len(ids), -1), ids.shape[1:]
+        return jnp.moveaxis(_run(VQGAN.decode, model, (grid,), flat), -1, 1)
+
+    if "image" in recorded:
+        encoder = model.encoder
+        latents = _run(type(encoder).__call__, encoder, (), np.moveaxis(recorded["image"], 1, -1))
+        indices = np.asarray(_run(VQGAN.nearest, model, (), latents))
+        yield "encoder_out", jnp.moveaxis(latents, -1, 1)
+        yield "indices", indices
+        yield "decode", decoded(recorded.get("indices", indices))
+    if "random_ids" in recorded:
+        yield "random_decode", decoded(recorded["random_ids"])
+
+
+def _inception(network: Inception, recorded: Arrays) -> Replayed:
+    """Pool features of every group of images."""
+    for key in recorded:
+        if key.endswith("/images"):
+            features = _run(type(network).__call__, network, (), np.moveaxis(recorded[key], 1, -1))
+            yield f"{key.removesuffix('images')}features", features.pool

@@ -1,28 +1,25 @@
-"""The rule tables of VQGAN weights published for PyTorch (MAGE) and for Flax (MaskGIT).
+"""The import tables of VQGAN weights published for PyTorch (MAGE) and for Flax (MaskGIT).
 
 Both name the parameters of one network, PyTorch's being a port of Flax's. What is known of them:
 
-* MAGE's `vqgan_jax_strongaug.ckpt`. MAGE's and ENAT's `VQModel` load it with `strict=True` into an
-  encoder, a decoder and a codebook, from the entry `state_dict` where there is one: so it holds
-  these tensors and no others. Sizes are those of MAGE's `config/vqgan.yaml`.
-* MaskGIT's `tokenizer_imagenet256_checkpoint` and `tokenizer_imagenet512_checkpoint`. The names
-  follow from the order in which MaskGIT's `nets/vqgan_tokenizer.py` calls its layers, and public
-  converters to PyTorch read them so; the sizes from its configs, which know one VQGAN and change
-  only the image size from 256 to 512. Its inference hands the whole file to `Module.apply`, so the
-  top level is `params`. Beside `params` the file may hold what `apply` does not look at.
+* MAGE's `vqgan_jax_strongaug.ckpt`: MAGE's and ENAT's `VQModel` load it with `strict=True`, from
+  the entry `state_dict` where there is one, so it holds these tensors and no others. Sizes are
+  those of MAGE's `config/vqgan.yaml`.
+* MaskGIT's `tokenizer_imagenet256_checkpoint` and `..512..`: names follow from the order in which
+  `nets/vqgan_tokenizer.py` calls its layers, and public converters to PyTorch read them so; one
+  size serves both resolutions. `Module.apply` takes the whole file, so its top level is `params`.
 
 The files themselves were not at hand: what they hold beyond this would be refused by name.
 """
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
 
-from enat_jax.models.import_table import ConvertError, Rule
+from enat_jax.errors import UserError
+from enat_jax.models.import_table import Rule, Weights, count_names, window_first
 from enat_jax.tokenizers.vqgan import VQGANConfig
 
 Layout = Literal["torch", "flax"]
@@ -70,101 +67,79 @@ UPSAMPLE_TABLE = [
 
 
 def never_read(name: str) -> bool:
-    """Whether a tensor belongs to the losses of taming-transformers' training.
-
-    The discriminator and the perceptual network, which its checkpoints keep beside the VQGAN and
-    the published file does not.
-    """
+    """Whether a tensor belongs to the losses that taming-transformers' checkpoints keep, too."""
     return name.startswith("loss.")
 
 
-def window_first(x: np.ndarray) -> np.ndarray:
-    """A PyTorch convolution's `(out, in, y, x)` weight as our `(y, x, in, out)` kernel."""
-    return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x  # other ranks fail the check of shapes
-
-
-def layout_of(weights: Mapping[str, np.ndarray]) -> Layout:
-    """Which of the two tables names these weights.
-
-    Raises:
-        ConvertError: no codebook of either.
-    """
-    found: list[Layout] = [layout for name, layout in _CODEBOOKS.items() if name in weights]
-    if len(found) != 1:
-        raise ConvertError(
-            f"these are not a VQGAN's weights: {len(found)} of {', '.join(_CODEBOOKS)}, must be 1"
-        )
-    return found[0]
+def layout_of(weights: Weights) -> Layout:
+    """Which of the two tables names these weights, by the codebook; a UserError if neither does."""
+    layouts: list[Layout] = [layout for name, layout in _CODEBOOKS.items() if name in weights]
+    if len(layouts) != 1:
+        names = ", ".join(_CODEBOOKS)
+        raise UserError(f"these are not a VQGAN's weights: {len(layouts)} of {names}, must be 1")
+    return layouts[0]
 
 
 def rules(cfg: VQGANConfig, layout: Layout) -> list[Rule]:
     """One rule per parameter of `VQGAN(cfg)`."""
     depth = len(cfg.channel_multipliers)
-    names = [tuple(each.format(last=depth) for each in row) for row in TABLE]
+    rows = [tuple(name.format(last=depth) for name in row) for row in TABLE]
     for run, level in enumerate(range(depth - 1, 0, -1)):
         where = {"run": run, "level": level, "conv": run + 1}
-        names += [tuple(each.format(**where) for each in row) for row in UPSAMPLE_TABLE]
-    for *block, widens in _blocks(cfg):
-        for row in [*BLOCK_TABLE, SHORTCUT] if widens else BLOCK_TABLE:
-            names.append(tuple(f"{prefix}.{each}" for prefix, each in zip(block, row, strict=True)))
+        rows += [tuple(name.format(**where) for name in row) for row in UPSAMPLE_TABLE]
+    for half, blocks in _blocks(cfg).items():
+        for number, (ours, torch, widens) in enumerate(blocks):
+            for row in [*BLOCK_TABLE, SHORTCUT] if widens else BLOCK_TABLE:
+                block = zip((ours, torch, f"ResBlock_{number}"), row, strict=True)
+                rows.append(tuple(f"{half}.{prefix}.{name}" for prefix, name in block))
     if layout == "flax":
-        return [Rule(flax, ours) for ours, _, flax in names]
+        return [Rule(flax, ours) for ours, _, flax in rows]
     return [
         Rule(torch, ours, window_first) if ours.endswith(".kernel") else Rule(torch, ours)
-        for ours, torch, _ in names
+        for ours, torch, _ in rows
     ]
 
 
-def _blocks(cfg: VQGANConfig) -> Iterator[tuple[str, str, str, bool]]:
-    """Every residual block: our path, PyTorch's, Flax's, and whether its width changes.
+def _blocks(cfg: VQGANConfig) -> dict[str, list[tuple[str, str, bool]]]:
+    """Each half's residual blocks as they run: our path, PyTorch's, and whether the width changes.
 
     PyTorch numbers levels from the highest resolution down in both halves; we and Flax in the
-    order in which they run. Flax counts blocks through, and a decoder begins with its middle.
+    order in which they run.
     """
-    depth, per_level, widths = len(cfg.channel_multipliers), cfg.num_res_blocks, cfg.widths
-    for level, run in zip(range(depth), reversed(range(depth)), strict=True):
-        finer, coarser = widths[max(level - 1, 0)], widths[min(level + 1, depth - 1)]
-        for block in range(per_level):
-            yield (
-                f"encoder.levels.{level}.blocks.{block}",
-                f"encoder.down.{level}.block.{block}",
-                f"encoder.ResBlock_{level * per_level + block}",
-                block == 0 and finer != widths[level],
-            )
-            yield (
-                f"decoder.levels.{run}.blocks.{block}",
-                f"decoder.up.{level}.block.{block}",
-                f"decoder.ResBlock_{2 + run * per_level + block}",
-                block == 0 and coarser != widths[level],
-            )
-    for half, first in {"encoder": depth * per_level, "decoder": 0}.items():
-        for block in range(2):
-            yield (
-                f"{half}.middle.{block}",
-                f"{half}.mid.block_{block + 1}",
-                f"{half}.ResBlock_{first + block}",
-                False,
-            )
+    widths, blocks = cfg.widths, range(cfg.num_res_blocks)
+    last = len(widths) - 1
+    middle = [(f"middle.{b}", f"mid.block_{b + 1}", False) for b in range(2)]
+    down = [
+        (f"levels.{n}.blocks.{b}", f"down.{n}.block.{b}", b == 0 and width != widths[max(n - 1, 0)])
+        for n, width in enumerate(widths)
+        for b in blocks
+    ]
+    up = [
+        (f"levels.{last - n}.blocks.{b}", f"up.{n}.block.{b}", b == 0 and widths[n] != below)
+        for n, below in reversed([*enumerate([*widths[1:], widths[last]])])
+        for b in blocks
+    ]
+    return {"encoder": down + middle, "decoder": middle + up}
 
 
-def sizes_from_weights(weights: Mapping[str, np.ndarray]) -> VQGANConfig:
+def sizes_from_weights(weights: Weights) -> VQGANConfig:
     """The config of the network that has these weights, with float32 activations.
 
     Weights do not tell the number of norm groups; published networks have the default's 32.
 
     Raises:
-        ConvertError: weights of no VQGAN, or tensors that tell no size.
+        UserError: weights of no VQGAN, or tensors that tell no size.
     """
     layout = layout_of(weights)
     codebook = next(np.shape(weights[name]) for name in _CODEBOOKS if name in weights)
     if layout == "torch":
-        depth = _count(r"encoder\.down\.(\d+)\.", weights)
-        in_levels = _count(r"encoder\.down\.(\d+\.block\.\d+)\.", weights)
+        depth = count_names(r"encoder\.down\.(\d+)\.", weights)
+        in_levels = count_names(r"encoder\.down\.(\d+\.block\.\d+)\.", weights)
     else:
-        depth = _count(r"decoder\.Conv_(\d+)\.", weights) - 1
-        in_levels = _count(r"encoder\.ResBlock_(\d+)\.", weights) - 2
+        depth = count_names(r"decoder\.Conv_(\d+)\.", weights) - 1
+        in_levels = count_names(r"encoder\.ResBlock_(\d+)\.", weights) - 2
     if len(codebook) != 2 or 0 in codebook or depth < 1 or in_levels < 1 or in_levels % depth:
-        raise ConvertError(
+        raise UserError(
             f"these are not a VQGAN's weights: codebook {codebook}, {depth} levels, and"
             f" {in_levels} residual blocks before the middle of the encoder"
         )
@@ -174,20 +149,11 @@ def sizes_from_weights(weights: Mapping[str, np.ndarray]) -> VQGANConfig:
         latent_channels=codebook[1],
         codebook_size=codebook[0],
     )
-    told = {rule.target: rule for rule in rules(cfg, layout)}
-    widths = []
-    for level in range(depth):
-        rule = told[f"encoder.levels.{level}.blocks.0.conv_in.kernel"]
-        (name,) = rule.names
-        kernel = rule.transform(weights.get(name, np.zeros(())))
-        if kernel.ndim != 4 or not kernel.shape[-1]:
-            raise ConvertError(f"these are not a VQGAN's weights: no kernel {name}")
-        widths.append(kernel.shape[-1])
+    names = {rule.target: str(rule.source) for rule in rules(cfg, layout)}
+    norms = [names[f"encoder.levels.{level}.blocks.0.norm_out.scale"] for level in range(depth)]
+    widths = [np.size(weights.get(name, ())) for name in norms]
+    if 0 in widths:
+        raise UserError(f"these are not a VQGAN's weights: no vector {norms[widths.index(0)]}")
     channels = math.gcd(*widths)
     multipliers = tuple(width // channels for width in widths)
     return dataclasses.replace(cfg, channels=channels, channel_multipliers=multipliers)
-
-
-def _count(pattern: str, weights: Mapping[str, np.ndarray]) -> int:
-    """How many different things the names of the weights mention."""
-    return len({found[1] for name in weights if (found := re.match(pattern, name))})

@@ -1,45 +1,61 @@
+"""From published weights to a checkpoint, and the command that does it."""
+
 import dataclasses
+import functools
+import hashlib
 import json
 import shutil
-import struct
 import zipfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx, serialization
 from safetensors.numpy import save_file
 
 import enat_jax
 from enat_jax.__main__ import main
-from enat_jax.config import Config, TokenizerConfig, override_config
+from enat_jax.checkpoints.store import Checkpoints
+from enat_jax.checkpoints.tokenizer import load_vqgan
+from enat_jax.config import Config, TokenizerConfig
 from enat_jax.convert import published
-from enat_jax.convert.published import convert_network, write_checkpoint
-from enat_jax.models.import_table import ConvertError
+from enat_jax.convert.published import KINDS, read_vqgan, write_checkpoint
+from enat_jax.errors import UserError
+from enat_jax.evaluation.inception import Features, Inception
+from enat_jax.tokenizers.vqgan import VQGANConfig
 from tests.support.golden import GOLDEN, golden_enat_config
+from tests.support.imports import RECORDED_VQGAN, published_vqgan, recorded
+from tests.support.recorded_autonat import recorded_config
+from tests.support.torch_file import save_arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SOURCE = GOLDEN / "enat/state_dict.safetensors"
+SOURCES = {name: GOLDEN / f"{name}/state_dict.safetensors" for name in ("enat", "autonat")}
+CONFIGS = {
+    name: Config(model=model, tokenizer=TokenizerConfig(grid=(8, 8)))
+    for name, model in {"enat": golden_enat_config(), "autonat": recorded_config()}.items()
+}
+BESIDE = {"enat": {"num_heads": 4, "enc_dec": [3, 2]}, "autonat": {"num_heads": 4}}
+both = pytest.mark.parametrize("name", SOURCES)
+
+
+def read(name, source, **how):
+    return KINDS[name].read(source, **how)
 
 
 @pytest.fixture
-def config():
-    return Config(model=golden_enat_config(), tokenizer=TokenizerConfig(grid=(8, 8)))
+def alone(tmp_path):
+    """Recorded weights in a folder of their own, where nothing lies beside them."""
+    return lambda name: Path(shutil.copy(SOURCES[name], tmp_path / "weights.safetensors"))
 
 
-@pytest.fixture
-def source(tmp_path):
-    """The recorded weights in a folder of their own, where nothing lies beside them."""
-    return Path(shutil.copy(SOURCE, tmp_path / "weights.safetensors"))
-
-
-@pytest.fixture
-def recording(golden, tmp_path):
-    recorded = golden("enat/forward.npz")
-    names = [n for n in recorded if n == "context" or n.startswith("a/half_masked/")]
-    np.savez(tmp_path / "few.npz", **{name: recorded[name] for name in names})
-    return tmp_path / "few.npz"
+@pytest.fixture(scope="module")
+def vqgan_source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vqgan") / "vqgan.safetensors"
+    save_file(recorded("vqgan").weights, path)
+    return path
 
 
 def same_leaves(ours, theirs):
@@ -47,185 +63,255 @@ def same_leaves(ours, theirs):
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
-def refusal(*arguments, **options):
-    with pytest.raises(ConvertError) as caught:
-        convert_network(*arguments, **options)
+def refusal(name, source, **how):
+    with pytest.raises(UserError) as caught:
+        read(name, source, **how)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-class TestSizes:
-    def test_heads_and_depths_come_from_the_config_beside_the_weights(self):
-        config, _ = convert_network(SOURCE)
-        assert config.model == golden_enat_config()
-        assert config.tokenizer == TokenizerConfig(name="none", grid=(8, 8))
+class TestTokenNetworks:
+    @both
+    def test_what_weights_do_not_tell_comes_from_the_config_beside_them(self, name):
+        config = read(name, SOURCES[name]).metadata["config"]
+        assert config["model"] == dataclasses.asdict(CONFIGS[name].model)
+        assert config["tokenizer"] == dataclasses.asdict(TokenizerConfig("none", (8, 8)))
+        autonat = name == "autonat"
+        assert config["train"]["mean_over"] == ("tokens" if autonat else "images")
+        assert config["strategy"]["masking"] == ("autonat" if autonat else "enat")
 
-    def test_or_from_the_config_given(self, source, config):
-        found, params = convert_network(source, config=config)
-        assert found == config
-        assert same_leaves(params, convert_network(SOURCE)[1])
+    @both
+    def test_or_from_the_config_given(self, alone, name):
+        imported = read(name, alone(name), config=CONFIGS[name])
+        assert imported.metadata["config"] == dataclasses.asdict(CONFIGS[name])
+        assert same_leaves(nnx.state(imported.model), nnx.state(read(name, SOURCES[name]).model))
 
-    def test_without_either_it_is_said_what_is_missing(self, source):
-        message = refusal(source)
-        assert "weights do not tell num_heads and enc_dec: give --config" in message
-        assert str(source.parent / "config.json") in message
+    @both
+    def test_without_either_it_is_told_what_is_missing(self, alone, name):
+        source = alone(name)
+        needed = " and ".join(BESIDE[name])
+        assert refusal(name, source) == (
+            f"{source}: weights do not tell {needed}: give --config, or put {needed} into"
+            f" {source.parent / 'config.json'}"
+        )
 
     @pytest.mark.parametrize(
-        ("content", "part"),
+        ("name", "content", "part"),
         [
-            ("{", "JSONDecodeError"),
-            ('{"num_heads": 4}', "KeyError: 'enc_dec'"),
-            ('{"num_heads": 4, "enc_dec": 3}', "TypeError"),
-            ('{"num_heads": 4, "enc_dec": [1, 2, 2]}', "ValueError"),
-            ('{"num_heads": "4", "enc_dec": [3, 2]}', "must be whole numbers"),
-            ('{"num_heads": 4, "enc_dec": [3, 3]}', "enc_dec = [3, 3], the weights have 5 blocks"),
+            ("enat", "{", "config.json: JSONDecodeError"),
+            ("enat", '{"num_heads": 4}', "config.json: KeyError: 'enc_dec'"),
+            ("enat", '{"num_heads": 4, "enc_dec": 3}', "config.json: ValueError"),
+            ("enat", '{"num_heads": 4, "enc_dec": [1, 2, 2]}', "config.json: ValueError"),
+            ("enat", '{"num_heads": "4", "enc_dec": [3, 2]}', "model.num_heads = '4' must be of"),
+            ("enat", '{"num_heads": 5, "enc_dec": [3, 2]}', "model.width = 64 must be a multiple"),
+            ("enat", '{"num_heads": 4, "enc_dec": [3, 3]}',
+             "model.encoder_depth + model.decoder_depth = 6, the weights have 5"),
+            ("autonat", "{}", "config.json: KeyError: 'num_heads'"),
+            ("autonat", '{"num_heads": [4, 4]}', "config.json: ValueError"),
+            ("autonat", "[]", "config.json: TypeError"),
+        ],
+    )  # fmt: skip
+    def test_a_wrong_config_beside_is_told(self, alone, name, content, part):
+        source = alone(name)
+        (source.parent / "config.json").write_text(content)
+        assert part in refusal(name, source)
+
+    @pytest.mark.parametrize(
+        ("name", "other"),
+        [
+            ("enat", {"encoder_depth": 4, "length": 256, "codebook_size": 9, "width": 32}),
+            ("autonat", {"depth": 6, "num_classes": 1000, "mlp_ratio": 2.0}),
         ],
     )
-    def test_a_wrong_config_beside_is_named(self, source, content, part):
-        (source.parent / "config.json").write_text(content)
-        message = refusal(source)
-        assert str(source.parent / "config.json") in message
-        assert part in message
+    def test_a_config_of_another_model_is_refused_with_every_difference(self, name, other):
+        model = dataclasses.replace(CONFIGS[name].model, **other)
+        config = dataclasses.replace(CONFIGS[name], model=model)
+        message = refusal(name, SOURCES[name], config=config)
+        assert message.startswith(f"{SOURCES[name]}: the weights are of another model: ")
+        assert message.count("the weights have") == len(other)
+        assert all(f"{field} = {value}, the" in message for field, value in other.items()
+                   if field != "encoder_depth")  # fmt: skip
 
-    def test_heads_that_do_not_divide_the_width_are_refused(self, source):
-        beside = {"num_heads": 5, "enc_dec": [3, 2]}
-        (source.parent / "config.json").write_text(json.dumps(beside))
-        with pytest.raises(ValueError, match=r"model.width = 64 must be a multiple"):
-            convert_network(source)
+    def test_the_other_networks_config_and_weights_are_refused(self):
+        message = refusal("enat", SOURCES["enat"], config=CONFIGS["autonat"])
+        assert message == "the config's model.name is 'autonat', must be 'enat'"
+        assert "these are not ENAT's weights" in refusal("enat", SOURCES["autonat"])
+        assert "these are not AutoNAT's weights" in refusal("autonat", SOURCES["enat"])
+        assert "these are not a VQGAN's weights" in refusal("vqgan", SOURCES["enat"])
 
-    def test_a_config_of_another_model_is_refused_with_every_difference(self, source):
-        message = refusal(source, config=override_config({}, ["model.encoder_depth=4"]))
-        for part in (
-            "model.length = 256, the weights have 64",
-            "model.codebook_size = 1024, the weights have 64",
-            "model.num_classes = 1000, the weights have 10",
-            "model.width = 768, the weights have 64",
-        ):
-            assert part in message
-        assert "encoder_depth" not in message  # 4 + 1 are as many blocks
-
-    def test_a_config_of_other_depth_is_refused(self, source, config):
-        deeper = dataclasses.replace(config.model, encoder_depth=4)
-        message = refusal(source, config=dataclasses.replace(config, model=deeper))
-        assert "encoder_depth + model.decoder_depth = 6, the weights have 5 blocks" in message
-
-    def test_other_weights_are_refused(self, tmp_path):
-        save_file({"w": np.zeros((2, 2), np.float32)}, tmp_path / "w.safetensors")
-        assert "these are not ENAT's weights" in refusal(tmp_path / "w.safetensors")
+    @pytest.mark.parametrize(
+        ("name", "entry"), [("enat", None), ("enat", "ema"), ("autonat", None)]
+    )
+    def test_a_torch_file_gives_the_same_network(self, tmp_path, name, entry):
+        path = save_arrays(tmp_path / "w.pth", recorded(name).weights, entry)
+        (tmp_path / "config.json").write_text(json.dumps(BESIDE[name]))
+        ours, theirs = read(name, path, key=entry), read(name, SOURCES[name])
+        assert ours.metadata == theirs.metadata
+        assert same_leaves(nnx.state(ours.model), nnx.state(theirs.model))
 
 
-def torch_pickle(arrays):
-    """The pickle of a dictionary of float32 tensors, as torch writes it."""
-
-    def text(value):
-        return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-    def numbers(values):
-        return b"(" + b"".join(b"J" + struct.pack("<i", value) for value in values) + b"t"
-
-    out = b"\x80\x02}("
-    for key, (name, array) in enumerate(arrays.items()):
-        strides = [stride // 4 for stride in array.strides]
-        storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu")
-        storage += b"J" + struct.pack("<i", array.size) + b"tQ"
-        out += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00"
-        out += numbers(array.shape) + numbers(strides)
-        out += b"\x89ccollections\nOrderedDict\n)Rt" + b"R"
-    return out + b"u."
+def flax_bytes(weights, *path):
+    """Arrays by their Flax names as the bytes of MaskGIT's file."""
+    tree = {}
+    for name, array in weights.items():
+        *branches, leaf = [*path, "params", *name.split(".")]
+        branch = functools.reduce(lambda branch, step: branch.setdefault(step, {}), branches, tree)
+        branch[leaf] = np.ascontiguousarray(array)
+    return serialization.to_bytes(tree)
 
 
-def write_torch(path, arrays, entry=None, compression=zipfile.ZIP_STORED):
-    """A file as `torch.save` writes it, of a state dict or of one beside a step number."""
-    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    pickled = torch_pickle(arrays)
-    if entry is not None:
-        name = b"X" + struct.pack("<I", len(entry)) + entry.encode()
-        pickled = b"\x80\x02}(" + name + pickled[2:-1] + b"X\x04\x00\x00\x00stepK\x07u."
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("weights/data.pkl", pickled)
-        archive.writestr("weights/byteorder", b"little")
-        for key, array in enumerate(arrays.values()):
-            archive.writestr(f"weights/data/{key}", array.tobytes())
-    return path
+class TestVqgan:
+    @pytest.mark.parametrize(
+        ("entry", "key"),
+        [(None, None), ("state_dict", None), ("ema", "ema"), ("flax", None), ("flax", "m.params")],
+    )
+    def test_a_file_of_any_layout_gives_the_network(self, vqgan_source, tmp_path, entry, key):
+        path = tmp_path / "vqgan.ckpt"
+        if entry == "flax":
+            path.write_bytes(flax_bytes(recorded("vqgan_flax").weights, *(["m"] if key else [])))
+        else:
+            beside = {"loss.discriminator.main.0.weight": np.zeros((4, 3, 4, 4), np.float32)}
+            save_arrays(path, {**recorded("vqgan").weights, **beside}, entry)
+        imported = read_vqgan(path, key=key)
+        assert imported.what == str(RECORDED_VQGAN)
+        assert same_leaves(nnx.state(imported.model), nnx.state(read_vqgan(vqgan_source).model))
 
+    @pytest.mark.parametrize(
+        "name",
+        ["vqgan_jax_strongaug.ckpt", "tokenizer_imagenet256_checkpoint"],  # and 512 is as 256
+    )
+    def test_files_as_large_as_the_published_ones_import(self, tmp_path, name):
+        if name.endswith("ckpt"):
+            weights = published_vqgan(VQGANConfig(), "torch")
+            save_arrays(tmp_path / name, weights, "state_dict", zipfile.ZIP_DEFLATED)
+        else:  # half the size of the real one
+            weights = published_vqgan(VQGANConfig(), "flax", np.float16)
+            (tmp_path / name).write_bytes(flax_bytes(weights))
+        imported = read_vqgan(tmp_path / name)
+        assert imported.what == str(VQGANConfig())
+        assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(imported.model))) == 54515587
 
-@pytest.mark.parametrize("entry", [None, "ema"])
-def test_a_torch_file_gives_the_same_network(enat_weights, tmp_path, entry):
-    path = write_torch(tmp_path / "enat.pth", enat_weights, entry)
-    shutil.copy(GOLDEN / "enat/config.json", tmp_path)
-    config, params = convert_network(path, key=entry)
-    expected_config, expected = convert_network(SOURCE)
-    assert config == expected_config
-    assert same_leaves(params, expected)
+    def test_what_does_not_fit_is_named_with_the_file(self, tmp_path):
+        weights = dict(recorded("vqgan").weights)
+        del weights["decoder.conv_in.bias"]
+        path = save_arrays(tmp_path / "vqgan.ckpt", weights)
+        message = refusal("vqgan", path)
+        assert message.startswith(f"{path}: the weights do not fit the network: ")
+        assert message.endswith("1 missing: decoder.conv_in.bias")
 
 
 class TestCheckpoint:
-    def test_it_loads_as_a_model_with_these_weights(self, tmp_path):
-        config, params = convert_network(SOURCE)
-        write_checkpoint(config, params, tmp_path / "run")
+    def test_a_network_samples_from_it(self, tmp_path):
+        imported = read("autonat", SOURCES["autonat"])
+        write_checkpoint(imported, tmp_path / "run")
         model = enat_jax.load(tmp_path / "run", layers="stacked")
-        assert model.config == config
-        assert same_leaves(model.params, params)
+        assert dataclasses.asdict(model.config) == imported.metadata["config"]
+        assert same_leaves(model.params, nnx.state(imported.model))
         (tokens,) = model.token_batches([3, 7], steps=2)
         assert tokens.shape == (2, 64)
 
-    def test_checkpoints_that_are_there_are_not_written_over(self, tmp_path):
-        config, params = convert_network(SOURCE)
-        write_checkpoint(config, params, tmp_path)
+    def test_a_vqgan_is_loaded_from_it_and_nothing_is_written_over(self, vqgan_source, tmp_path):
+        imported = read_vqgan(vqgan_source)
+        write_checkpoint(imported, tmp_path)
+        cfg, loaded = load_vqgan(tmp_path)
+        assert cfg == RECORDED_VQGAN
+        assert same_leaves(loaded, nnx.state(imported.model))
+        metadata = Checkpoints(tmp_path / "checkpoints", read_only=True).metadata()
+        assert metadata == {
+            "kind": "vqgan",
+            "vqgan": {**dataclasses.asdict(cfg), "channel_multipliers": [1, 1, 2, 2, 4]},
+            "source": "vqgan.safetensors",
+            "source_sha256": hashlib.sha256(vqgan_source.read_bytes()).hexdigest(),
+        }
         before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-        with pytest.raises(ConvertError, match="holds checkpoints already: nothing is written"):
-            write_checkpoint(config, params, tmp_path)
+        with pytest.raises(UserError, match="holds checkpoints already: nothing is written over"):
+            write_checkpoint(imported, tmp_path)
         assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
-class TestCommand:
-    def convert(self, *arguments, source=SOURCE):
-        return main(["convert", "--kind=enat", f"--source={source}", *map(str, arguments)])
+class Constant(Inception):
+    """In place of Inception: the same features whatever the images."""
 
-    def test_weights_that_replay_their_recordings_are_written(self, recording, tmp_path, capsys):
-        code = self.convert(f"--verify={recording}", f"--out={tmp_path / 'run'}")
-        out, err = capsys.readouterr()
+    def __init__(self, pool):
+        self.pool = nnx.Param(jnp.asarray(pool))
+
+    def __call__(self, images):
+        return Features(self.pool[...], jnp.zeros((2, 2023)), jnp.zeros((2, 1008)))
+
+
+class TestCommand:
+    @pytest.fixture
+    def convert(self, tmp_path, capsys):
+        def convert(kind, source, *arguments):
+            code = main(["convert", f"--kind={kind}", f"--source={source}", *map(str, arguments)])
+            return code, *capsys.readouterr()
+
+        return convert
+
+    @pytest.fixture
+    def recording(self, golden, tmp_path):
+        recorded = golden("enat/forward.npz")
+        names = [n for n in recorded if n == "context" or n.startswith("a/half_masked/")]
+        np.savez(tmp_path / "few.npz", **{name: recorded[name] for name in names})
+        return tmp_path / "few.npz"
+
+    def test_weights_that_replay_their_recordings_are_written(self, convert, recording, tmp_path):
+        out = tmp_path / "run"
+        code, text, err = convert("enat", SOURCES["enat"], f"--verify={recording}", f"--out={out}")
         assert (code, err) == (0, "")
-        lines = out.splitlines()
-        assert lines[0].startswith(f"{SOURCE} fits: ENATConfig(name='enat', length=64, ")
-        assert lines[1].startswith("ok   a/half_masked floats: largest difference ")
-        assert lines[2] == "ok   a/half_masked ids: 0 of 128 differ"
-        assert lines[3] == f"wrote the checkpoint to {tmp_path / 'run'}"
-        assert (tmp_path / "run/checkpoints/0").is_dir()
+        lines = text.splitlines()
+        assert lines[0].startswith(f"{SOURCES['enat']} fits: ENATConfig(name='enat', length=64, ")
+        assert lines[1].startswith("ok   a/half_masked/logits: largest difference ")
+        assert lines[3] == "ok   a/half_masked/masking: 0 of 128 differ"
+        assert lines[4] == f"wrote the checkpoint to {out}"
+        assert (out / "checkpoints/0").is_dir()
 
     def test_one_perturbed_weight_exits_with_1_and_writes_nothing(
-        self, enat_weights, recording, tmp_path, capsys
+        self, convert, recording, tmp_path
     ):
-        weights = dict(enat_weights)
+        weights = dict(recorded("enat").weights)
         weights["blocks.2.mlp.fc1.bias"] = weights["blocks.2.mlp.fc1.bias"] + 0.01
-        (tmp_path / "bad").mkdir()
-        save_file(weights, tmp_path / "bad/weights.safetensors")
-        shutil.copy(GOLDEN / "enat/config.json", tmp_path / "bad")
-        code = self.convert(
-            f"--verify={recording}", f"--out={tmp_path / 'run'}",
-            source=tmp_path / "bad/weights.safetensors",
-        )  # fmt: skip
-        out, err = capsys.readouterr()
+        save_file(weights, tmp_path / "w.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(BESIDE["enat"]))
+        arguments = f"--verify={recording}", f"--out={tmp_path / 'run'}"
+        code, text, err = convert("enat", tmp_path / "w.safetensors", *arguments)
         assert code == 1
-        assert "FAIL a/half_masked floats: largest difference " in out
+        assert "FAIL a/half_masked/logits: largest difference " in text
         assert err == "beyond tolerance 5e-05\n"
         assert not (tmp_path / "run").exists()
 
-    def test_a_wider_tolerance_accepts_more(self, recording, monkeypatch, capsys):
-        worse = [published.Comparison("a/b/logits", 2e-4, False, 10)]
-        monkeypatch.setattr(published, "verify", lambda model, recorded: worse)
-        assert self.convert(f"--verify={recording}") == 1
-        assert self.convert(f"--verify={recording}", "--tolerance=1e-3") == 0
+    @pytest.mark.parametrize(
+        ("more", "arguments", "code"),
+        [(0.0, [], 0), (9e-4, [], 0), (2e-3, [], 1), (2e-3, ["--tolerance=0.01"], 0)],
+    )
+    def test_inceptions_features_are_replayed(
+        self, convert, tmp_path, monkeypatch, more, arguments, code
+    ):
+        theirs = np.linspace(0, 5, 2 * 2048).reshape(2, 2048).astype(np.float32)
+        network = Constant(theirs + np.float32(5 * more))
+        monkeypatch.setattr(published, "load_inception", lambda source: network)
+        images = np.zeros((2, 3, 64, 48), np.float32)
+        np.savez(tmp_path / "r.npz", **{"a/images": images, "a/features": theirs})
+        arguments = [f"--verify={tmp_path / 'r.npz'}", *arguments]
+        result, text, err = convert("inception", "w.pth", *arguments)
+        assert result == code
+        assert text.startswith("w.pth fits: FID's Inception; give its path where")
+        assert f"{'FAIL' if code else 'ok  '} a/features: largest difference" in text
+        assert err == ("beyond tolerance 0.001\n" if code else "")
 
-    @pytest.mark.parametrize("content", [None, b"no zip file", b"PK\x03\x04 damaged", b""])
-    def test_a_recording_that_cannot_be_read_is_refused(self, tmp_path, capsys, content):
-        if content is not None:
-            (tmp_path / "few.npz").write_bytes(content)
-        assert self.convert(f"--verify={tmp_path / 'few.npz'}") == 1
-        assert capsys.readouterr().err.startswith("enat convert: cannot read the recording ")
+    @pytest.mark.parametrize(
+        ("kind", "flags", "refused"),
+        [
+            ("vqgan", ["--config=configs/digits.py"], "--config"),
+            ("inception", ["--out=a", "--key=a", "--config=b"], "--config, --key, --out"),
+        ],
+    )
+    def test_what_a_kind_does_not_take_is_refused(self, convert, kind, flags, refused):
+        _, _, err = convert(kind, SOURCES["enat"], *flags)
+        assert err == f"enat convert: --kind={kind} takes no {refused}\n"
 
-    def test_a_missing_source_is_refused_in_one_line(self, tmp_path, capsys):
-        assert self.convert(source=tmp_path / "none.pth") == 1
-        err = capsys.readouterr().err
-        assert str(tmp_path / "none.pth") in err
-        assert err.count("\n") == 1
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_missing_source_is_refused_in_one_line(self, convert, kind):
+        code, _, err = convert(kind, "none.pth")
+        assert code == 1
+        assert err == "enat convert: none.pth: No such file or directory\n"

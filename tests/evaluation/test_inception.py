@@ -169,7 +169,7 @@ def single_block(name, dtype="float32"):
     graphdef, abstract = nnx.split(
         nnx.eval_shape(lambda: BLOCKS[name](dtype=dtype, rngs=nnx.Rngs(0)))
     )
-    rules = block_rules(name, "", name[0])
+    rules = [rule._replace(source=f"{name}.{rule.source}") for rule in block_rules(name[0])]
     shapes = {".".join(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
     weights = {}
     for rule in rules:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from enat_jax.config import load_config
-from enat_jax.convert.verify_autonat import replay_autonat, verify_autonat
+from enat_jax.convert.verify import replay, verify
 from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from tests.support.networks import parameter_count
@@ -36,7 +36,7 @@ def autonat():
 
 def test_forward_passes_equal_the_references(autonat, golden):
     recorded = golden("autonat/forward.npz")
-    found = verify_autonat(autonat, recorded)
+    found = verify(autonat, recorded)
     groups = ("all_masked", "half_masked", "one_masked", "ragged")
     assert {comparison.name for comparison in found} == {f"{group}/logits" for group in groups}
     assert [comparison for comparison in found if comparison.fails(1e-4)] == []
@@ -55,7 +55,7 @@ def test_every_epsilon_is_the_references(golden):
         name: np.ldexp(w, next((e for rule, e in exponents.items() if re.search(rule, name)), 0))
         for name, w in recorded_weights().items()
     }
-    found = verify_autonat(autonat_from(tiny), golden("autonat/eps_probe.npz"))
+    found = verify(autonat_from(tiny), golden("autonat/eps_probe.npz"))
     assert [comparison.name for comparison in found] == ["logits"]
     assert [comparison for comparison in found if comparison.fails(1e-5)] == []
 
@@ -70,8 +70,8 @@ def test_every_recorded_submodule_equals_the_references(autonat, golden):
     assert len(theirs) >= 10
     for key in theirs:
         np.testing.assert_allclose(ours[key], arrays[key], rtol=0, atol=1e-4, err_msg=key)
-    logits = replay_autonat(autonat, recorded["half_masked/ids"][:1], recorded["context"][:1, 0])
-    np.testing.assert_allclose(logits, arrays["logits"], rtol=0, atol=1e-4)
+    ours = replay(autonat, recorded["half_masked/ids"][:1], recorded["context"][:1, 0])
+    np.testing.assert_allclose(ours.logits, arrays["logits"], rtol=0, atol=1e-4)
 
 
 def submodules(graphdef, params, arrays):
