@@ -10,7 +10,9 @@ from enat_jax.cli import host_flags
 def define(values: flags.FlagValues) -> None:
     """Defines the verb's flags."""
     flags.DEFINE_string("workdir", None, "a run, or its checkpoints", values, required=True)
-    flags.DEFINE_string("out", None, "the .json to write", values, required=True)
+    flags.DEFINE_string(
+        "out", None, "the .json to write; what is stopped goes on from beside it", values
+    )
     flags.DEFINE_integer("seed", 0, "of the noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer(
         "step", None, "which checkpoint; the newest by default", flag_values=values
@@ -34,5 +36,6 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     result = evaluate(restored, args.out, seed=args.seed)
     say = speaker(print)
     say(json.dumps(result["scores"], indent=2))
-    say(f"wrote {args.out}")
+    if args.out is not None:
+        say(f"wrote {args.out}")
     return 0
