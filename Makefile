@@ -11,7 +11,8 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: $(VENV)/installed
 	$(BIN)/enat train --config=configs/digits.py --workdir=$(WORKDIR)
 	$(BIN)/enat sample --workdir=$(WORKDIR) --out=$(WORKDIR)/digits.png
-	$(BIN)/python -m enat_jax.evaluation.digits_score --workdir=$(WORKDIR)
+	$(BIN)/enat evaluate --workdir=$(WORKDIR) --config.evaluate.metrics=digits \
+		--config.evaluate.num_images=1000
 
 photos: $(VENV)/installed
 	$(BIN)/enat train_tokenizer --config=configs/photos_tokenizer.py --workdir=runs/photos_tokenizer

@@ -194,6 +194,9 @@ class EvaluateConfig:
     """How a generator is scored.
 
     Attributes:
+        metrics: `inception` (FID, sFID, Inception Score, precision and recall); `digits` (Frechet
+            distance of pixels, and accuracy, on the digits data set); or
+            `package.module:function`, an importable function of all images and their class ids.
         inception: path of `pt_inception-2015-12-05-6726825d.pth`.
         inception_digest: how the file's SHA-256 begins; another only for weights of one's own.
         reference: path of the real images' statistics (`.npz` with `mu` and `sigma`), such as
@@ -203,9 +206,10 @@ class EvaluateConfig:
             `uint8` rounds them to 256 levels, as everybody does who saves them first; or `both`.
         precision_recall: also where the reference holds features of single images.
         batch_size: images that a device looks at at a time.
-        save_every: images between two saves of what was gathered.
+        save_every: images between two saves of what was added up.
     """
 
+    metrics: str = "inception"
     inception: str = ""
     inception_digest: str = "6726825d"
     reference: str = ""

@@ -9,7 +9,10 @@ from enat_jax.cli.shared_flags import generates
 
 
 def define(values: flags.FlagValues) -> None:
-    generates(values, out="the .json to write")
+    generates(values)
+    flags.DEFINE_string(
+        "out", None, "the .json to write; what is stopped goes on from beside it", values
+    )
     host_flags.define(values)
 
 
@@ -28,5 +31,6 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     result = evaluate(restored, args.out, seed=args.seed)
     say = primary_only(print)
     say(json.dumps(result["scores"], indent=2))
-    say(f"wrote {args.out}")
+    if args.out is not None:
+        say(f"wrote {args.out}")
     return 0

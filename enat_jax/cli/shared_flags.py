@@ -11,9 +11,9 @@ def required(values: flags.FlagValues, **meanings: str) -> None:
         flags.DEFINE_string(name, None, meaning, values, required=True)
 
 
-def generates(values: flags.FlagValues, *, out: str, seed: bool = True) -> None:
+def generates(values: flags.FlagValues, *, seed: bool = True, **needed: str) -> None:
     """Flags of a verb that generates from a run's weights."""
-    required(values, workdir="a run, or its checkpoints", out=out)
+    required(values, workdir="a run, or its checkpoints", **needed)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default",
                          flag_values=values)  # fmt: skip
     if seed:

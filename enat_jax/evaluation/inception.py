@@ -5,14 +5,18 @@ It is the InceptionV3 of December 2015 in the form every PyTorch tool uses (`pyt
 the published names, so that they can be read beside the weight file.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
+
+from enat_jax.parallel.placement import Placement
 
 SIZE = 299  # pixels along each side that the network sees
 POOL_FEATURES = 2048
@@ -39,15 +43,7 @@ class Features(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """Activations along the network, channels last.
-
-    Attributes:
-        pool_1: `[b 73 73 64]`, after the first pool.
-        pool_2: `[b 35 35 192]`, after the second.
-        mixed_6d: `[b 17 17 768]`.
-        mixed_6e: `[b 17 17 768]`.
-        mixed_7c: `[b 8 8 2048]`.
-    """
+    """Activations along the network, channels last: after its two pools, and after blocks."""
 
     pool_1: Float[Array, "b 73 73 64"]
     pool_2: Float[Array, "b 35 35 192"]
@@ -65,19 +61,12 @@ def resize(images: Float[Array, "b y x 3"]) -> Float[Array, "b 299 299 3"]:
     return jax.image.resize(images.astype(jnp.float32), shape, "linear", antialias=False)
 
 
-def max_pool(x: Float[Array, "b y x i"]) -> Float[Array, "b v u i"]:
-    """The largest of each 3x3 window, every second window."""
-    return nnx.max_pool(x, (3, 3), strides=(2, 2))
-
-
-def max_pool_same(x: Float[Array, "b y x i"]) -> Float[Array, "b y x i"]:
-    """The largest of each 3x3 window, around every position."""
-    return nnx.max_pool(x, (3, 3), strides=(1, 1), padding="SAME")
-
-
-def average_pool_same(x: Float[Array, "b y x i"]) -> Float[Array, "b y x i"]:
-    """The mean of each 3x3 window, around every position; padding does not count."""
-    return nnx.avg_pool(x, (3, 3), strides=(1, 1), padding="SAME", count_include_pad=False)
+# Pools of 3x3 windows; padding does not count.
+max_pool = partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2))
+max_pool_same = partial(nnx.max_pool, window_shape=(3, 3), padding="SAME")
+average_pool_same = partial(
+    nnx.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False
+)
 
 
 class ConvNorm(nnx.Module):
@@ -121,131 +110,105 @@ class ConvNorm(nnx.Module):
         return jax.nn.relu(y.astype(jnp.float32) * scale + offset).astype(self.dtype)
 
 
-class BlockA(nnx.Module):
-    """Mixed_5b, 5c and 5d, on the 35x35 grid: `[b y x i]` to `224 + pool_features` channels."""
+class Conv(NamedTuple):
+    """A convolution of a block, by the end of its name, of so many channels out and such a window.
 
-    def __init__(self, features_in: int, pool_features: int, *, dtype: str, rngs: nnx.Rngs):
-        conv = partial(ConvNorm, dtype=dtype, rngs=rngs)
-        self.branch1x1 = conv(features_in, 64)
-        self.branch5x5_1 = conv(features_in, 48)
-        self.branch5x5_2 = conv(48, 64, (5, 5))
-        self.branch3x3dbl_1 = conv(features_in, 64)
-        self.branch3x3dbl_2 = conv(64, 96, (3, 3))
-        self.branch3x3dbl_3 = conv(96, 96, (3, 3))
-        self.branch_pool = conv(features_in, pool_features)
-
-    def __call__(self, x: Float[Array, "b y x i"]) -> Float[Array, "b y x o"]:
-        """Applies the block."""
-        branches = (
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(average_pool_same(x)),
-        )
-        return jnp.concatenate(branches, axis=-1)
-
-
-class BlockB(nnx.Module):
-    """Mixed_6a, from the 35x35 to the 17x17 grid: `480 + i` channels."""
-
-    def __init__(self, features_in: int, *, dtype: str, rngs: nnx.Rngs):
-        conv = partial(ConvNorm, dtype=dtype, rngs=rngs)
-        self.branch3x3 = conv(features_in, 384, (3, 3), stride=2, padding="VALID")
-        self.branch3x3dbl_1 = conv(features_in, 64)
-        self.branch3x3dbl_2 = conv(64, 96, (3, 3))
-        self.branch3x3dbl_3 = conv(96, 96, (3, 3), stride=2, padding="VALID")
-
-    def __call__(self, x: Float[Array, "b y x i"]) -> Float[Array, "b v u o"]:
-        """Applies the block."""
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return jnp.concatenate((self.branch3x3(x), double, max_pool(x)), axis=-1)
-
-
-class BlockC(nnx.Module):
-    """Mixed_6b to 6e, on the 17x17 grid, `features` channels inside: 768 channels."""
-
-    def __init__(self, features_in: int, features: int, *, dtype: str, rngs: nnx.Rngs):
-        conv = partial(ConvNorm, dtype=dtype, rngs=rngs)
-        self.branch1x1 = conv(features_in, 192)
-        self.branch7x7_1 = conv(features_in, features)
-        self.branch7x7_2 = conv(features, features, (1, 7))
-        self.branch7x7_3 = conv(features, 192, (7, 1))
-        self.branch7x7dbl_1 = conv(features_in, features)
-        self.branch7x7dbl_2 = conv(features, features, (7, 1))
-        self.branch7x7dbl_3 = conv(features, features, (1, 7))
-        self.branch7x7dbl_4 = conv(features, features, (7, 1))
-        self.branch7x7dbl_5 = conv(features, 192, (1, 7))
-        self.branch_pool = conv(features_in, 192)
-
-    def __call__(self, x: Float[Array, "b y x i"]) -> Float[Array, "b y x o"]:
-        """Applies the block."""
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        branches = (
-            self.branch1x1(x),
-            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-            self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
-            self.branch_pool(average_pool_same(x)),
-        )
-        return jnp.concatenate(branches, axis=-1)
-
-
-class BlockD(nnx.Module):
-    """Mixed_7a, from the 17x17 to the 8x8 grid: `512 + i` channels."""
-
-    def __init__(self, features_in: int, *, dtype: str, rngs: nnx.Rngs):
-        conv = partial(ConvNorm, dtype=dtype, rngs=rngs)
-        self.branch3x3_1 = conv(features_in, 192)
-        self.branch3x3_2 = conv(192, 320, (3, 3), stride=2, padding="VALID")
-        self.branch7x7x3_1 = conv(features_in, 192)
-        self.branch7x7x3_2 = conv(192, 192, (1, 7))
-        self.branch7x7x3_3 = conv(192, 192, (7, 1))
-        self.branch7x7x3_4 = conv(192, 192, (3, 3), stride=2, padding="VALID")
-
-    def __call__(self, x: Float[Array, "b y x i"]) -> Float[Array, "b v u o"]:
-        """Applies the block."""
-        seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        branches = (
-            self.branch3x3_2(self.branch3x3_1(x)),
-            self.branch7x7x3_4(seven),
-            max_pool(x),
-        )
-        return jnp.concatenate(branches, axis=-1)
-
-
-class BlockE(nnx.Module):
-    """Mixed_7b and 7c, on the 8x8 grid: 2048 channels.
-
-    The pool branch takes the mean in Mixed_7b and the largest in Mixed_7c, an oddity of the
-    published graph.
+    Where its stride is 2, nothing is padded.
     """
 
-    def __init__(self, features_in: int, *, take_largest: bool, dtype: str, rngs: nnx.Rngs):
-        self.take_largest = take_largest
-        conv = partial(ConvNorm, dtype=dtype, rngs=rngs)
-        self.branch1x1 = conv(features_in, 320)
-        self.branch3x3_1 = conv(features_in, 384)
-        self.branch3x3_2a = conv(384, 384, (1, 3))
-        self.branch3x3_2b = conv(384, 384, (3, 1))
-        self.branch3x3dbl_1 = conv(features_in, 448)
-        self.branch3x3dbl_2 = conv(448, 384, (3, 3))
-        self.branch3x3dbl_3a = conv(384, 384, (1, 3))
-        self.branch3x3dbl_3b = conv(384, 384, (3, 1))
-        self.branch_pool = conv(features_in, 192)
+    name: str
+    features: int
+    rows: int = 1
+    columns: int = 1
+    stride: int = 1
 
-    def __call__(self, x: Float[Array, "b y x i"]) -> Float[Array, "b y x o"]:
+
+Branches = tuple[tuple[Conv | Callable[[Array], Array], ...], ...]
+
+
+def block_a(pool_features: int) -> Branches:
+    """Mixed_5b, 5c and 5d, on the 35x35 grid: to `224 + pool_features` channels."""
+    return (
+        (Conv("1x1", 64),),
+        (Conv("5x5_1", 48), Conv("5x5_2", 64, 5, 5)),
+        (Conv("3x3dbl_1", 64), Conv("3x3dbl_2", 96, 3, 3), Conv("3x3dbl_3", 96, 3, 3)),
+        (average_pool_same, Conv("_pool", pool_features)),
+    )
+
+
+def block_b() -> Branches:
+    """Mixed_6a, from the 35x35 to the 17x17 grid: 480 channels more."""
+    return (
+        (Conv("3x3", 384, 3, 3, stride=2),),
+        (Conv("3x3dbl_1", 64), Conv("3x3dbl_2", 96, 3, 3), Conv("3x3dbl_3", 96, 3, 3, stride=2)),
+        (max_pool,),
+    )
+
+
+def block_c(features: int) -> Branches:
+    """Mixed_6b to 6e, on the 17x17 grid, `features` channels inside: to 768 channels."""
+    low, high = (features, 1, 7), (features, 7, 1)
+    return (
+        (Conv("1x1", 192),),
+        (Conv("7x7_1", features), Conv("7x7_2", *low), Conv("7x7_3", 192, 7, 1)),
+        (
+            *(Conv("7x7dbl_1", features), Conv("7x7dbl_2", *high), Conv("7x7dbl_3", *low)),
+            *(Conv("7x7dbl_4", *high), Conv("7x7dbl_5", 192, 1, 7)),
+        ),
+        (average_pool_same, Conv("_pool", 192)),
+    )
+
+
+def block_d() -> Branches:
+    """Mixed_7a, from the 17x17 to the 8x8 grid: 512 channels more."""
+    seven = (Conv("7x7x3_1", 192), Conv("7x7x3_2", 192, 1, 7), Conv("7x7x3_3", 192, 7, 1))
+    return (
+        (Conv("3x3_1", 192), Conv("3x3_2", 320, 3, 3, stride=2)),
+        (*seven, Conv("7x7x3_4", 192, 3, 3, stride=2)),
+        (max_pool,),
+    )
+
+
+def block_e(pool: Callable[[Array], Array]) -> Branches:
+    """Mixed_7b and 7c, on the 8x8 grid: to 2048 channels.
+
+    The pool branch takes the mean in Mixed_7b and the largest in Mixed_7c, an oddity of the
+    published graph. Two pairs of branches begin with the same layers.
+    """
+    single, double = (Conv("3x3_1", 384),), (Conv("3x3dbl_1", 448), Conv("3x3dbl_2", 384, 3, 3))
+    return (
+        (Conv("1x1", 320),),
+        (*single, Conv("3x3_2a", 384, 1, 3)),
+        (*single, Conv("3x3_2b", 384, 3, 1)),
+        (*double, Conv("3x3dbl_3a", 384, 1, 3)),
+        (*double, Conv("3x3dbl_3b", 384, 3, 1)),
+        (pool, Conv("_pool", 192)),
+    )
+
+
+class Block(nnx.Module):
+    """Branches beside each other, whose channels are concatenated in their order."""
+
+    def __init__(self, features_in: int, branches: Branches, *, dtype: str, rngs: nnx.Rngs):
+        self.branches = branches
+        for branch in branches:
+            features = features_in
+            for conv in (layer for layer in branch if isinstance(layer, Conv)):
+                how: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+                if conv.stride > 1:
+                    how |= {"stride": conv.stride, "padding": "VALID"}
+                layer = ConvNorm(features, conv.features, (conv.rows, conv.columns), **how)
+                setattr(self, f"branch{conv.name}", layer)
+                features = conv.features
+
+    def __call__(self, x: Float[Array, "b y x i"]) -> Float[Array, "b v u o"]:
         """Applies the block."""
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = max_pool_same(x) if self.take_largest else average_pool_same(x)
-        branches = (
-            self.branch1x1(x),
-            self.branch3x3_2a(single),
-            self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double),
-            self.branch_pool(pooled),
-        )
-        return jnp.concatenate(branches, axis=-1)
+        outputs = [x] * len(self.branches)
+        for number, branch in enumerate(self.branches):
+            for layer in branch:
+                apply = getattr(self, f"branch{layer.name}") if isinstance(layer, Conv) else layer
+                outputs[number] = apply(outputs[number])
+        return jnp.concatenate(outputs, axis=-1)
 
 
 class Inception(nnx.Module):
@@ -263,17 +226,17 @@ class Inception(nnx.Module):
         self.conv_2b = ConvNorm(32, 64, (3, 3), **how)
         self.conv_3b = ConvNorm(64, 80, **how)
         self.conv_4a = ConvNorm(80, 192, (3, 3), padding="VALID", **how)
-        self.mixed_5b = BlockA(192, 32, **how)
-        self.mixed_5c = BlockA(256, 64, **how)
-        self.mixed_5d = BlockA(288, 64, **how)
-        self.mixed_6a = BlockB(288, **how)
-        self.mixed_6b = BlockC(768, 128, **how)
-        self.mixed_6c = BlockC(768, 160, **how)
-        self.mixed_6d = BlockC(768, 160, **how)
-        self.mixed_6e = BlockC(768, 192, **how)
-        self.mixed_7a = BlockD(768, **how)
-        self.mixed_7b = BlockE(1280, take_largest=False, **how)
-        self.mixed_7c = BlockE(2048, take_largest=True, **how)
+        self.mixed_5b = Block(192, block_a(32), **how)
+        self.mixed_5c = Block(256, block_a(64), **how)
+        self.mixed_5d = Block(288, block_a(64), **how)
+        self.mixed_6a = Block(288, block_b(), **how)
+        self.mixed_6b = Block(768, block_c(128), **how)
+        self.mixed_6c = Block(768, block_c(160), **how)
+        self.mixed_6d = Block(768, block_c(160), **how)
+        self.mixed_6e = Block(768, block_c(192), **how)
+        self.mixed_7a = Block(768, block_d(), **how)
+        self.mixed_7b = Block(1280, block_e(average_pool_same), **how)
+        self.mixed_7c = Block(2048, block_e(max_pool_same), **how)
         shape = (POOL_FEATURES, CLASSES)
         self.classifier = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
 
@@ -295,3 +258,33 @@ class Inception(nnx.Module):
         spatial = rearrange(stages.mixed_6d[..., :7], "b y x i -> b (y x i)").astype(jnp.float32)
         logits = jnp.matmul(pool, self.classifier[...], precision=jax.lax.Precision.HIGHEST)
         return Features(pool, spatial, logits)
+
+
+class FeatureExtractor:
+    """Features of batches of images on a mesh; compiled once for each size and type of images.
+
+    Args:
+        inception: the network.
+        placement: of the devices that share a batch.
+        at_once: images that a device looks at at a time.
+    """
+
+    def __init__(self, inception: Inception, placement: Placement, *, at_once: int = 16):
+        graphdef, state = nnx.split(inception)
+        self._state, self._placement = placement.put(state), placement
+
+        def features(state: nnx.State, images: Shaped[Array, "b y x 3"]) -> Features:
+            network = nnx.merge(graphdef, state)
+
+            def some(part: Array) -> Features:
+                return network(part / jnp.float32(255) if part.dtype == jnp.uint8 else part)
+
+            return placement.map_in_chunks(some, images, at_once)
+
+        self._features = jax.jit(features, out_shardings=placement.batch)
+
+    def __call__(
+        self, images: Shaped[Array, "b y x 3"] | Shaped[np.ndarray, "b y x 3"]
+    ) -> Features:
+        """Features of images, uint8 or floats in [0, 1], split over the mesh by image."""
+        return self._features(self._state, self._placement.put(images, self._placement.batch))

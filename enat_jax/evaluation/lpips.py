@@ -37,7 +37,7 @@ class LPIPS(nnx.Module):
     def features(self, images: Float[Array, "b y x 3"]) -> list[Float[Array, "b _ _ _"]]:
         """Feature vectors of length 1 at every place of each stage, for images in [0, 1]."""
         x = (2 * images - 1 - jnp.array(_SHIFT)) / jnp.array(_SCALE)
-        found = []
+        vectors = []
         for number, stage in enumerate(self.stages):
             if number:
                 y, u = (side // 2 * 2 for side in x.shape[1:3])  # an odd row or column is dropped
@@ -47,8 +47,8 @@ class LPIPS(nnx.Module):
             squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
             # No root where the squares are, or underflow to, 0: its slope there is infinite.
             length = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
-            found.append(x / (length + _EPSILON))
-        return found
+            vectors.append(x / (length + _EPSILON))
+        return vectors
 
     def __call__(
         self, images: Float[Array, "b y x 3"], others: Float[Array, "b y x 3"]

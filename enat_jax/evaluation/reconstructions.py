@@ -1,7 +1,7 @@
 """What a VQGAN makes of held-out images: pictures, and how far they are from the originals."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,30 +11,16 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from enat_jax.data.image_source import ImageError, ImageSource, UnreadableImage
 from enat_jax.data.pictures import image_grid
-from enat_jax.evaluation.features import FeatureExtractor
-from enat_jax.evaluation.inception import POOL_FEATURES
+from enat_jax.evaluation.frechet import Moments, frechet
+from enat_jax.evaluation.inception import FeatureExtractor
 from enat_jax.evaluation.inception_weights import load_inception
-from enat_jax.evaluation.moments import Moments
-from enat_jax.evaluation.scores import frechet_distance_of_moments
+from enat_jax.evaluation.metric import Objective
 from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.levels import as_uint8
 
 _PER_ROW = 8  # originals in a row of the picture
 _SMALLEST_ERROR = 1e-10  # a perfect reconstruction has 100 dB
-_NO_MOMENTS = Moments.empty(POOL_FEATURES)
-
-
-class Look(NamedTuple):
-    """What was seen.
-
-    Attributes:
-        scores: for the log: PSNR, use of the codebook, rFID, and of how many images.
-        picture: originals, each above its reconstruction.
-    """
-
-    scores: dict[str, float]
-    picture: UInt8[np.ndarray, "height width 3"]
 
 
 def read_images(
@@ -58,13 +44,13 @@ def read_images(
     return np.stack(images)
 
 
-class HeldOut:
+class Reconstructions:
     """Held-out images, kept in memory, and the compiled pass over them.
 
     Args:
         graphdef: of the VQGAN.
         codes: in its codebook.
-        images: what to look at, the same on every host.
+        images: what to reconstruct, the same on every process.
         placement: of the devices that share a batch.
         name: what the log calls them.
         batch_size: images per call, rounded up to what the devices can share.
@@ -85,16 +71,13 @@ class HeldOut:
         inception: str = "",
     ):
         self.name = name
-        self._codes = codes
+        self._codes, self._images, self._pictures = codes, images, pictures
+        self._placement = placement
         shards = placement.batch_shards
-        self._images, self._placement, self._pictures = images, placement, pictures
         self._batch_size = -(-min(batch_size, len(images)) // shards) * shards
-        self._features = (
-            FeatureExtractor(load_inception(inception), placement) if inception else None
-        )
-        self._originals: Moments | None = None
+        self._rfid = self._make_rfid(inception) if inception else None
 
-        def look(params: nnx.State, images: UInt8[Array, "b y x 3"]) -> tuple[Array, Array, Array]:
+        def reconstruct(params: nnx.State, images: UInt8[Array, "b y x 3"]) -> tuple[Array, ...]:
             model: Any = nnx.merge(graphdef, params)
             pixels = images / jnp.float32(255)
             token_ids = model.encode(pixels)
@@ -103,53 +86,52 @@ class HeldOut:
             error = jnp.mean(jnp.square(made - pixels), axis=(1, 2, 3))
             return as_uint8(made), error, token_ids
 
-        self._look = jax.jit(look, out_shardings=(placement.batch, *2 * [placement.replicated]))
+        by_image, replicated = placement.batch, placement.replicated
+        self._reconstruct = jax.jit(reconstruct, out_shardings=(by_image, replicated, replicated))
 
-    def __call__(self, params: nnx.State) -> Look:
+    def __call__(
+        self, params: nnx.State
+    ) -> tuple[dict[str, float], UInt8[np.ndarray, "height width 3"]]:
         """Reconstructs every image; rounded to 8 bits for the picture and for rFID.
 
-        All hosts call it together, and all have the same back.
+        All processes call it together, and all have the same back.
+
+        Returns:
+            PSNR, use of the codebook, rFID, and of how many images; and a picture of originals,
+            each above its reconstruction.
         """
-        errors, token_ids, shown, made_moments = [], [], [], _NO_MOMENTS
-        for start in range(0, len(self._images), self._batch_size):
-            placed, count = self._batch(start)
-            made, error, ids = self._look(params, placed)
+        errors, token_ids, shown = [], [], []
+        rfid = self._rfid.start() if self._rfid else None
+        for start, count, placed in self._batches():
+            made, error, ids = self._reconstruct(params, placed)
             errors.append(np.asarray(error)[:count])
             token_ids.append(np.asarray(ids)[:count])
             if start < self._pictures:
                 shown.append(all_gather(made)[:count])
-            if self._features:
-                made_moments = made_moments.add(self._pool(made)[:count])
+            if rfid:
+                rfid.add(made, np.zeros(count, np.int32))
         scores = {
             "images": float(len(self._images)),
             "psnr": psnr(np.concatenate(errors)),
             **usage(np.concatenate(token_ids), self._codes),
+            **(rfid.value() if rfid else {}),
         }
-        if self._features:
-            scores["rfid"] = self._distance(made_moments)
-        return Look(scores, _picture(self._images, np.concatenate(shown)[: self._pictures]))
+        return scores, _picture(self._images, np.concatenate(shown)[: self._pictures])
 
-    def _batch(self, start: int) -> tuple[Array, int]:
-        """Images on the devices, the last one repeated to fill the batch; how many they are."""
-        count = min(self._batch_size, len(self._images) - start)
-        rows = start + np.minimum(np.arange(self._batch_size), count - 1)
-        return self._placement.put(self._images[rows], self._placement.batch), count
+    def _batches(self) -> Iterator[tuple[int, int, Array]]:
+        """The first image's number, how many count, and them, the last repeated to fill a batch."""
+        for start in range(0, len(self._images), self._batch_size):
+            count = min(self._batch_size, len(self._images) - start)
+            rows = start + np.minimum(np.arange(self._batch_size), count - 1)
+            yield start, count, self._placement.put(self._images[rows], self._placement.batch)
 
-    def _pool(self, images: Array) -> np.ndarray:
-        assert self._features is not None
-        return all_gather(self._features(images).pool)
-
-    def _distance(self, made: Moments) -> float:
-        """Frechet distance between the originals' features and the reconstructions'."""
-        if self._originals is None:
-            self._originals = _NO_MOMENTS
-            for start in range(0, len(self._images), self._batch_size):
-                placed, count = self._batch(start)
-                self._originals = self._originals.add(self._pool(placed)[:count])
-        real = self._originals
-        return frechet_distance_of_moments(
-            real.mean, real.covariance(), made.mean, made.covariance()
-        )
+    def _make_rfid(self, inception: str) -> Objective:
+        """The Frechet distance between the originals' features and the reconstructions'."""
+        extract = FeatureExtractor(load_inception(inception), self._placement)
+        batches = self._batches()
+        pool = [all_gather(extract(placed).pool)[:count] for _, count, placed in batches]
+        real = Moments.empty(pool[0].shape[1]).add(np.concatenate(pool)).gaussian()
+        return Objective("uint8", (frechet("rfid", real),), lambda made: extract(made).pool)
 
 
 def psnr(mean_squared_error: Float[np.ndarray, " b"]) -> float:

@@ -1,26 +1,80 @@
-"""Makes reference statistics: the Inception features of real images, in a file."""
+"""Statistics of the Inception features of real images: made, written, read."""
 
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from enat_jax.config import EvaluateConfig
 from enat_jax.data.image_source import ImageConfig, open_images
 from enat_jax.data.read_ahead import read_batches
 from enat_jax.errors import UserError
-from enat_jax.evaluation.features import FeatureExtractor
-from enat_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
+from enat_jax.evaluation.frechet import Gaussian, Moments
+from enat_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES, FeatureExtractor
 from enat_jax.evaluation.inception_weights import load_inception
-from enat_jax.evaluation.moments import Moments, across_hosts, sum_across_hosts
-from enat_jax.evaluation.reference import write_reference
-from enat_jax.parallel.hosts import from_primary, primary_only
-from enat_jax.parallel.placement import MeshConfig, Placement
+from enat_jax.files import write_arrays
+from enat_jax.parallel.hosts import all_gather, from_primary, is_primary, primary_only
+from enat_jax.parallel.placement import Placement
 
 MOST_FEATURES = 10_000  # of single images: as many as ADM's reference batches hold images
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What generated images are compared with.
+
+    Attributes:
+        pool: of the pool features.
+        spatial: of the spatial features; None where the file has none.
+        features: pool features of single images; None where the file has none.
+    """
+
+    pool: Gaussian
+    spatial: Gaussian | None = None
+    features: Float[np.ndarray, "m p"] | None = None
+
+
+def read_reference(path: str | os.PathLike[str]) -> Reference:
+    """Reads statistics: `mu`, `sigma`, and where there are `mu_s`, `sigma_s`, `features`.
+
+    The files of the ADM suite and of U-ViT work as they are.
+
+    Raises:
+        UserError: an unreadable file, or arrays missing, misshapen or not finite.
+    """
+    p, q = POOL_FEATURES, SPATIAL_FEATURES
+    shapes = {"mu": (p,), "sigma": (p, p), "mu_s": (q,), "sigma_s": (q, q)}
+    try:
+        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
+            names = list(file.files)
+            arrays = {name: file[name] for name in (*shapes, "features") if name in names}
+    except Exception as error:  # NumPy lets pass what zip files and pickles raise
+        raise UserError(f"cannot read reference statistics {path}: {error}") from error
+    missing = [name for name in ("mu", "sigma") if name not in arrays]
+    if missing:
+        raise UserError(
+            f"{path} holds no reference statistics: no {' and no '.join(missing)} among {names}"
+        )
+    wrong = []
+    for name, array in arrays.items():
+        shape = shapes.get(name, (*array.shape[:1], p))
+        if array.shape != shape:
+            wrong.append(f"{name} is {array.shape}, must be {shape}")
+        elif array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            wrong.append(f"{name} has values that are not finite")
+    if wrong:
+        raise UserError(f"reference statistics {path}: {'; '.join(wrong)}")
+    has_spatial = "mu_s" in arrays and "sigma_s" in arrays
+    return Reference(
+        pool=Gaussian(arrays["mu"], arrays["sigma"]),
+        spatial=Gaussian(arrays["mu_s"], arrays["sigma_s"]) if has_spatial else None,
+        features=arrays.get("features"),
+    )
 
 
 def reference_statistics(
@@ -43,8 +97,8 @@ def reference_statistics(
         cfg: where Inception's weights are.
         out: the `.npz` to write.
         size: pixels per side of the crops: that of the images they are to be compared with.
-        placement: of the devices that share a batch; of several processes, each takes its own
-            devices for its own share of the images, and process 0 writes.
+        placement: of the devices that share a batch; each process reads its own share of it, and
+            the primary process adds up and writes.
         say: called with lines for the user.
 
     Raises:
@@ -53,56 +107,50 @@ def reference_statistics(
     if not cfg.inception:
         raise UserError("config: evaluate.inception must name a file")
     source = open_images(images)
-    hosts, host = jax.process_count(), jax.process_index()
-    if hosts > 1:  # every host looks at images of its own, so none waits for another before the end
-        placement = Placement.of(MeshConfig(), jax.local_devices())
-    extract = FeatureExtractor(
-        load_inception(cfg.inception, digest=cfg.inception_digest),
-        placement,
-        at_once=cfg.batch_size,
-    )
+    inception = load_inception(cfg.inception, digest=cfg.inception_digest)
+    extract = FeatureExtractor(inception, placement, at_once=cfg.batch_size)
     tell = primary_only(say)
     tell(source.summary)
+    total, batch_size = len(source), cfg.batch_size * placement.batch_shards
+    share = len(placement.own_rows(batch_size))
+    first = jax.process_index() * share
+    spans = [
+        range(min(start + first, total), min(start + first + share, total))
+        for start in range(0, total, batch_size)
+    ]
+    threads = images.read_threads
+    batches = read_batches(source, spans, batch_size=share, size=size, threads=threads)
     pool, spatial = Moments.empty(POOL_FEATURES), Moments.empty(SPATIAL_FEATURES)
-    every = -(-len(source) // MOST_FEATURES)
-    single = np.zeros((-(-len(source) // every), POOL_FEATURES), np.float32)
-    kept = np.zeros(len(single), np.int64)
-    batch_size = cfg.batch_size * placement.batch_shards
-    own = range(len(source))[host::hosts]
-    spans = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    batches = read_batches(
-        source, spans, batch_size=batch_size, size=size, threads=images.read_threads
-    )
-    skipped, most = 0, images.max_unreadable * len(source)
-    hidden = None if host == 0 else True  # None: hidden where nobody looks
-    with contextlib.closing(batches), tqdm(total=len(own), unit="image", disable=hidden) as bar:
+    single, every = [], -(-total // MOST_FEATURES)
+    done = readable = 0
+    hidden = None if is_primary() else True  # None: hidden where nobody looks
+    with contextlib.closing(batches), tqdm(total=total, unit="image", disable=hidden) as bar:
         for batch in batches:
             for error in batch.unreadable:
                 with bar.external_write_mode():
                     say(f"skipped {error}")
-            skipped += len(batch.unreadable)
-            if skipped > most:
-                break  # to where the other hosts learn of it
-            made = extract(placement.put(batch.images, placement.batch))
-            features = np.asarray(made.pool)[batch.readable]
-            pool = pool.add(features)
-            spatial = spatial.add(np.asarray(made.spatial)[batch.readable])
-            rows = np.array(batch.span)[batch.readable[: len(batch.span)]]
-            chosen = rows % every == 0
-            single[rows[chosen] // every] = features[chosen]
-            kept[rows[chosen] // every] = 1
-            bar.update(len(batch.span))
-    skipped = int(sum_across_hosts(np.array([skipped]))[0])
-    if skipped > most:
-        raise UserError(
-            f"{skipped} of {len(source)} images are unreadable so far, more than"
-            f" images.max_unreadable = {images.max_unreadable} allows"
-        )
-    pool, spatial = across_hosts(pool), across_hosts(spatial)
-    # a row is of one host, and zeros of the others
-    single = sum_across_hosts(single.astype(np.float64)).astype(np.float32)
-    single = single[sum_across_hosts(kept) > 0]
-    from_primary(
-        lambda: write_reference(out, pool, spatial, single, source=source.name, image_size=size)
-    )
-    tell(f"wrote the statistics of {pool.count} images of {size} x {size} pixels to {out}")
+            numbers = np.where(batch.readable, batch.span.start + np.arange(share), -1)
+            numbers = placement.put_batch(numbers.astype(np.int32), batch_size)
+            made = extract(placement.put_batch(batch.images, batch_size))
+            seen, numbers = jax.tree.map(all_gather, (made, numbers))
+            rows = np.argsort(numbers)[np.sum(numbers < 0) :]
+            done = min(done + batch_size, total)
+            readable += len(rows)
+            if done - readable > images.max_unreadable * total:
+                raise UserError(
+                    f"{done - readable} of {total} images are unreadable so far, more than"
+                    f" images.max_unreadable = {images.max_unreadable} allows"
+                )
+            if is_primary():
+                pool, spatial = pool.add(seen.pool[rows]), spatial.add(seen.spatial[rows])
+                single.append(seen.pool[rows[numbers[rows] % every == 0]])
+            bar.update(done - bar.n)
+
+    def write() -> None:
+        (mu, sigma), (mu_s, sigma_s) = pool.gaussian(), spatial.gaussian()
+        arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+        arrays |= {"images": pool.count, "features": np.concatenate(single)}
+        write_arrays(out, {**arrays, "source": source.name, "image_size": size})
+
+    from_primary(write)
+    tell(f"wrote the statistics of {readable} images of {size} x {size} pixels to {out}")

@@ -23,7 +23,7 @@ from enat_jax.data.image_batches import Reader, image_batches
 from enat_jax.data.image_source import ImageSource, open_images
 from enat_jax.data.stream import Share
 from enat_jax.evaluation.lpips_weights import load_lpips
-from enat_jax.evaluation.reconstructions import HeldOut, read_images
+from enat_jax.evaluation.reconstructions import Reconstructions, read_images
 from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.discriminator import Discriminator
@@ -80,7 +80,7 @@ def train_tokenizer(
 def _train(
     run: "TokenizerRun",
     source: ImageSource,
-    held_out: HeldOut,
+    held_out: Reconstructions,
     workdir: pathlib.Path,
     checkpoints: Checkpoints,
     say: Callable[[str], object],
@@ -245,7 +245,7 @@ class _Steps:
     def __init__(
         self,
         run: TokenizerRun,
-        held_out: HeldOut,
+        held_out: Reconstructions,
         workdir: pathlib.Path,
         say: Callable[[str], object],
     ):
@@ -260,18 +260,20 @@ class _Steps:
 
     def sample(self, done: int, state: TokenizerState, log: Log) -> None:
         """Shows what the moving average makes of the held-out images."""
-        look = self.held_out(state.ema)
-        write_samples(self.workdir, done, look.picture, log)
+        scores, picture = self.held_out(state.ema)
+        write_samples(self.workdir, done, picture, log)
         name = self.held_out.name
-        log.scalars(done, {f"{name}_{score}": value for score, value in look.scores.items()})
-        rfid = f", rFID {look.scores['rfid']:.2f}" if "rfid" in look.scores else ""
+        log.scalars(done, {f"{name}_{score}": value for score, value in scores.items()})
+        rfid = f", rFID {scores['rfid']:.2f}" if "rfid" in scores else ""
         self.say(
-            f"step {done}: PSNR {look.scores['psnr']:.2f} dB{rfid} on {look.scores['images']:.0f}"
+            f"step {done}: PSNR {scores['psnr']:.2f} dB{rfid} on {scores['images']:.0f}"
             f" {name.replace('_', '-')} images"
         )
 
 
-def _held_out(run: TokenizerRun, source: ImageSource, say: Callable[[str], object]) -> HeldOut:
+def _held_out(
+    run: TokenizerRun, source: ImageSource, say: Callable[[str], object]
+) -> Reconstructions:
     """The held-out images of a config, training images where it has none."""
     cfg, images = run.config.held_out, run.config.images
     name = "held_out"
@@ -281,7 +283,7 @@ def _held_out(run: TokenizerRun, source: ImageSource, say: Callable[[str], objec
         source = open_images(dataclasses.replace(images, split=cfg.split))
     else:
         name = "training"
-    return HeldOut(
+    return Reconstructions(
         run.graphdef,
         run.config.model.codebook_size,
         read_images(source, cfg.images, run.config.train.image_size, warn=say),

@@ -8,19 +8,23 @@ import pytest
 from flax import nnx
 
 from enat_jax.evaluation.inception import (
-    BlockA,
-    BlockB,
-    BlockC,
-    BlockD,
-    BlockE,
+    Block,
+    FeatureExtractor,
     Features,
     Inception,
     average_pool_same,
+    block_a,
+    block_b,
+    block_c,
+    block_d,
+    block_e,
     max_pool_same,
     resize,
 )
 from enat_jax.evaluation.inception_weights import block_rules, inception_from
 from enat_jax.models.import_table import apply_rules
+from enat_jax.parallel.placement import MeshConfig, Placement
+from tests.support.fake_inception import FakeInception
 from tests.support.golden import GOLDEN
 
 RECORDED = {299: 4, 64: 4, 256: 2}  # images by size
@@ -80,10 +84,11 @@ def seen(network, images):
         return model(resized), model.stages(resized)
 
     batch = jnp.concatenate([resize(images[n]) for n in RECORDED])
-    found = jax.tree.map(np.asarray, everything(state, batch))
+    outputs = jax.tree.map(np.asarray, everything(state, batch))
     ends = dict(zip(RECORDED, np.cumsum(list(RECORDED.values())), strict=True))
     return {
-        n: jax.tree.map(lambda x, n=n: x[ends[n] - RECORDED[n] : ends[n]], found) for n in RECORDED
+        n: jax.tree.map(lambda x, n=n: x[ends[n] - RECORDED[n] : ends[n]], outputs)
+        for n in RECORDED
     }
 
 
@@ -145,29 +150,28 @@ class TestFeatures:
         weight = SEEDED.weight("fc.weight", (1008, 2048))
         np.testing.assert_allclose(features.logits, features.pool @ weight.T, atol=1e-4)
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_they_are_float32_and_as_wide_as_said(self, dtype):
-        model = nnx.eval_shape(lambda: Inception(dtype=dtype, rngs=nnx.Rngs(0)))
-        found = nnx.eval_shape(lambda m, x: m(x), model, jnp.zeros((3, 32, 48, 3)))
-        assert isinstance(found, Features)
-        assert [x.shape for x in found] == [(3, 2048), (3, 2023), (3, 1008)]
-        assert {x.dtype for x in found} == {jnp.dtype("float32")}
+    def test_of_a_bfloat16_network_they_are_float32(self):
+        model = nnx.eval_shape(lambda: Inception(dtype="bfloat16", rngs=nnx.Rngs(0)))
+        features = nnx.eval_shape(lambda m, x: m(x), model, jnp.zeros((3, 32, 48, 3)))
+        assert isinstance(features, Features)
+        assert [x.shape for x in features] == [(3, 2048), (3, 2023), (3, 1008)]
+        assert {x.dtype for x in features} == {jnp.dtype("float32")}
 
 
 BLOCKS = {
-    "A": lambda **how: BlockA(8, 4, **how),
-    "B": lambda **how: BlockB(8, **how),
-    "C": lambda **how: BlockC(8, 6, **how),
-    "D": lambda **how: BlockD(8, **how),
-    "E1": lambda **how: BlockE(8, take_largest=False, **how),
-    "E2": lambda **how: BlockE(8, take_largest=True, **how),
+    "A": block_a(4),
+    "B": block_b(),
+    "C": block_c(6),
+    "D": block_d(),
+    "E1": block_e(average_pool_same),
+    "E2": block_e(max_pool_same),
 }
 
 
 def single_block(name, dtype="float32"):
     """The block whose output is recorded, as a compiled function."""
     graphdef, abstract = nnx.split(
-        nnx.eval_shape(lambda: BLOCKS[name](dtype=dtype, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: Block(8, BLOCKS[name], dtype=dtype, rngs=nnx.Rngs(0)))
     )
     rules = [rule._replace(source=f"{name}.{rule.source}") for rule in block_rules(name[0])]
     shapes = {".".join(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
@@ -209,3 +213,15 @@ def test_bfloat16_is_near_float32(recorded):
 def test_pools_leave_the_padding_out(recorded, pool, name):
     out = np.moveaxis(np.asarray(pool(channels_last(recorded["pool/in"]))), -1, 1)
     np.testing.assert_allclose(out, recorded[f"pool/{name}"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 100])
+def test_levels_and_floats_have_the_same_features_however_many_are_looked_at(at_once):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    floats = (images / 255).astype(np.float32)
+    expected = FakeInception()(jnp.asarray(floats))
+    extract = FeatureExtractor(FakeInception(), Placement.of(MeshConfig()), at_once=at_once)
+    for given in (images, floats):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), extract(given), expected
+        )
