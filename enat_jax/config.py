@@ -7,7 +7,7 @@ from typing import Any, Literal
 from enat_jax.config_file import make_config, read_fields
 from enat_jax.core.strategy import SCHEDULES, StrategyConfig, make_strategy
 from enat_jax.data.batches import DataConfig
-from enat_jax.data.image_source import ImageConfig
+from enat_jax.data.images import ImageConfig
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.networks import NetworkConfig, network_problems
 from enat_jax.parallel.placement import MeshConfig

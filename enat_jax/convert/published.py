@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from enat_jax.checkpoints.store import Checkpoints
-from enat_jax.checkpoints.tokenizer import CHECKPOINTS, abstract_vqgan
+from enat_jax.checkpoints.tokenizer import CHECKPOINTS
 from enat_jax.checkpoints.weights_digest import file_digest
 from enat_jax.config import Config, config_from_dict
 from enat_jax.convert.flax_file import is_flax_file, read_flax
@@ -28,7 +28,7 @@ from enat_jax.models.enat import weights as enat_rules
 from enat_jax.models.import_table import ConvertError, apply_rules
 from enat_jax.sampling.program import abstract_params
 from enat_jax.tokenizers import vqgan_weights as vqgan_rules
-from enat_jax.tokenizers.vqgan import VQGANConfig
+from enat_jax.tokenizers.vqgan import VQGANConfig, abstract_vqgan
 
 _TABLES: dict[str, ModuleType] = {"enat": enat_rules, "autonat": autonat_rules}
 

@@ -26,7 +26,7 @@ from enat_jax.files import write_arrays, write_json
 from enat_jax.parallel.gather import from_first_host, gathered
 from enat_jax.parallel.hosts import require_agreement, speaker, speaks
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
-from enat_jax.tokenizers.levels import as_uint8
+from enat_jax.tokenizers.protocol import as_uint8
 
 T = TypeVar("T")
 ENOUGH = 2048  # images: fewer leave the covariance of the pool features short of full rank

@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from enat_jax.data.image_source import ImageError, ImageSource, UnreadableImage
+from enat_jax.data.images import ImageSource, UnreadableImage
 from enat_jax.data.pictures import image_grid
+from enat_jax.errors import UserError
 from enat_jax.evaluation.features import FeatureExtractor
 from enat_jax.evaluation.inception import POOL_FEATURES
 from enat_jax.evaluation.inception_weights import load_inception
@@ -18,7 +19,7 @@ from enat_jax.evaluation.moments import Moments
 from enat_jax.evaluation.scores import frechet_distance_of_moments
 from enat_jax.parallel.gather import gathered
 from enat_jax.parallel.placement import Placement
-from enat_jax.tokenizers.levels import as_uint8
+from enat_jax.tokenizers.protocol import as_uint8
 
 _PER_ROW = 8  # originals in a row of the picture
 _SMALLEST_ERROR = 1e-10  # a perfect reconstruction has 100 dB
@@ -45,7 +46,7 @@ def read_images(
     Unreadable ones are left out, with a line for each.
 
     Raises:
-        ImageError: none is readable.
+        UserError: none is readable.
     """
     images = []
     for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)):
@@ -54,7 +55,7 @@ def read_images(
         except UnreadableImage as error:
             warn(f"skipped {error}")
     if not images:
-        raise ImageError(f"{source.name}: no image is readable")
+        raise UserError(f"{source.name}: no image is readable")
     return np.stack(images)
 
 

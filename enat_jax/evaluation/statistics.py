@@ -1,6 +1,5 @@
 """Makes reference statistics: the Inception features of real images, in a file."""
 
-import contextlib
 import os
 from collections.abc import Callable
 
@@ -9,8 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from enat_jax.config import EvaluateConfig
-from enat_jax.data.image_source import ImageConfig, open_images
-from enat_jax.data.read_ahead import read_batches
+from enat_jax.data.image_batches import read_batches
+from enat_jax.data.images import ImageConfig, open_images
 from enat_jax.errors import UserError
 from enat_jax.evaluation.features import FeatureExtractor
 from enat_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
@@ -76,7 +75,7 @@ def reference_statistics(
     )
     skipped, most = 0, images.max_unreadable * len(source)
     hidden = None if host == 0 else True  # None: hidden where nobody looks
-    with contextlib.closing(batches), tqdm(total=len(own), unit="image", disable=hidden) as bar:
+    with tqdm(total=len(own), unit="image", disable=hidden) as bar:
         for batch in batches:
             for error in batch.unreadable:
                 with bar.external_write_mode():

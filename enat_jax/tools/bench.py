@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from enat_jax.checkpoints.tokenizer import CHECKPOINTS, abstract_vqgan, load_vqgan
+from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_vqgan
 from enat_jax.config import Config, TokenizerConfig
 from enat_jax.core.plans import padding
 from enat_jax.errors import UserError
@@ -25,8 +25,13 @@ from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import Layers, Sampler
-from enat_jax.tokenizers.flops import decode_flops, encode_flops
-from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
+from enat_jax.tokenizers.vqgan import (
+    VQGAN,
+    VQGANConfig,
+    abstract_vqgan,
+    decode_flops,
+    encode_flops,
+)
 from enat_jax.training.programs import Run
 
 _MATMUL = 2048

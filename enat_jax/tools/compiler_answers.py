@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from enat_jax.files import written_whole
+from enat_jax.files import atomic
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -154,7 +154,7 @@ def _write(path: pathlib.Path, answer: Answer) -> None:
             file.write(answer.text)
     fields = dataclasses.asdict(dataclasses.replace(answer, text=None))
     # this is written last, and by any number of processes
-    with written_whole(path.with_suffix(".json"), partial=f"{path.name}.{os.getpid()}") as part:
+    with atomic(path.with_suffix(".json"), partial=f"{path.name}.{os.getpid()}") as part:
         part.write_text(json.dumps(fields), encoding="utf-8")
 
 

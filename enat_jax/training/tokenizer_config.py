@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from enat_jax.config import LoopConfig, OptimConfig, check_loop
 from enat_jax.config_file import make_config, read_fields
-from enat_jax.data.image_source import ImageConfig
+from enat_jax.data.images import ImageConfig
 from enat_jax.parallel.placement import MeshConfig
 from enat_jax.tokenizers.discriminator import DiscriminatorConfig
 from enat_jax.tokenizers.vqgan import VQGANConfig

@@ -8,8 +8,7 @@ from PIL import Image
 
 import enat_jax
 from enat_jax.__main__ import VERBS, main, summary
-from enat_jax.tokenizers.flops import decode_flops, encode_flops
-from enat_jax.tokenizers.vqgan import VQGANConfig
+from enat_jax.tokenizers.vqgan import VQGANConfig, decode_flops, encode_flops
 from enat_jax.tools import bench as bench_module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

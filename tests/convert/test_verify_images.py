@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from enat_jax.checkpoints.tokenizer import abstract_vqgan
 from enat_jax.convert.verify_images import verify_inception, verify_vqgan
 from enat_jax.evaluation.inception import Features, Inception
 from enat_jax.models.import_table import ConvertError, apply_rules
-from enat_jax.tokenizers.vqgan import VQGANConfig
+from enat_jax.tokenizers.vqgan import VQGANConfig, abstract_vqgan
 from enat_jax.tokenizers.vqgan_weights import rules
 from tests.golden.vqgan.load_state import load_state
 from tests.support.golden import GOLDEN
