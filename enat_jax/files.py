@@ -1,4 +1,4 @@
-"""Files that have their name only once they are whole and on disk."""
+"""Atomic files: each appears under its name complete and on disk, or not at all."""
 
 import contextlib
 import json
@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+Path = str | os.PathLike[str]
+
 
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike[str], *, partial: str = "") -> Iterator[pathlib.Path]:
+def atomic(path: Path, *, partial: str = "") -> Iterator[pathlib.Path]:
     """Gives a path to write to; what is there when the block ends becomes the file.
 
     A process that is killed, or a block that raises, leaves the file as it was before.
@@ -21,31 +23,31 @@ def written_whole(path: str | os.PathLike[str], *, partial: str = "") -> Iterato
         partial: name of the file meanwhile, in the same folder; the file's with `.partial` by
             default, which suits files that one process writes.
     """
-    whole = pathlib.Path(path)
-    part = whole.with_name(partial or f"{whole.name}.partial")
+    final = pathlib.Path(path)
+    part = final.with_name(partial or f"{final.name}.partial")
     yield part
-    to_disk(part)
-    part.replace(whole)
+    fsync(part)
+    part.replace(final)
 
 
-def to_disk(path: pathlib.Path) -> None:
+def fsync(path: pathlib.Path) -> None:
     """Makes sure that a file's bytes are there before its name is, also if the power fails."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 as it is given, line ends included."""
-    with written_whole(path) as part:
+    with atomic(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Writes what JSON can hold, for people to read, too."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Writes an `.npz`, uncompressed."""
-    with written_whole(path) as part, open(part, "wb") as file:
+    with atomic(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)

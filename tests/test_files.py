@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from enat_jax import files as whole_files
-from enat_jax.files import write_arrays, write_json, write_text, written_whole
+from enat_jax import files
+from enat_jax.files import atomic, write_arrays, write_json, write_text
 
 
 def names(folder):
@@ -19,34 +19,25 @@ def test_a_file_replaces_the_one_before_and_leaves_nothing_beside_it(tmp_path):
 
 
 def test_a_block_that_raises_leaves_the_file_as_it_was(tmp_path):
-    write_text(tmp_path / "a.csv", "whole")
-
-    def killed():
-        with written_whole(tmp_path / "a.csv") as part:
-            part.write_text("ha")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        killed()
-    assert (tmp_path / "a.csv").read_text() == "whole"
+    write_text(tmp_path / "a.csv", "complete")
+    with pytest.raises(KeyError), atomic(tmp_path / "a.csv") as part:  # noqa: PT012
+        part.write_text("com")
+        raise KeyError
+    assert (tmp_path / "a.csv").read_text() == "complete"
 
 
 def test_a_file_has_its_name_only_once_its_bytes_are_on_disk(tmp_path, monkeypatch):
     seen = []
-
-    def to_disk(path):
-        seen.append((names(tmp_path), path.read_text()))
-
-    monkeypatch.setattr(whole_files, "to_disk", to_disk)
+    monkeypatch.setattr(files, "fsync", lambda path: seen.append((names(tmp_path), path.name)))
     write_text(tmp_path / "a", "all of it")
-    assert seen == [(["a.partial"], "all of it")]
+    assert seen == [(["a.partial"], "a.partial")]
     assert names(tmp_path) == ["a"]
 
 
 def test_processes_that_write_the_same_file_do_not_meet(tmp_path):
     with (
-        written_whole(tmp_path / "a", partial="1") as one,
-        written_whole(tmp_path / "a", partial="2") as other,
+        atomic(tmp_path / "a", partial="1") as one,
+        atomic(tmp_path / "a", partial="2") as other,
     ):
         one.write_text("one")
         other.write_text("other")

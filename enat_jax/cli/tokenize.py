@@ -18,7 +18,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     host_flags.connect(args)
     from enat_jax.checkpoints.tokenizer import load_tokenizer
     from enat_jax.config import load_config
-    from enat_jax.data.check_records import check_records
+    from enat_jax.data.preview import preview
     from enat_jax.data.tokenize import tokenize
     from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.parallel.hosts import is_primary, primary_only
@@ -38,9 +38,9 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         grid=config.tokenizer.grid,
         batch_size=args.batch_size * placement.batch_shards,
         placement=placement,
-        say=primary_only(print),
+        log=primary_only(print),
     )
     if args.check and is_primary():
-        check_records(config.data, tokenizer, args.check)
+        preview(config.data, tokenizer, args.check)
         print(f"decoded some of the records into {args.check}")
     return 0

@@ -1,20 +1,19 @@
-"""Token records as Grain pipelines over TFDS data sources."""
+"""Token records as training batches: one endless stream that all processes walk along together."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
-from jaxtyping import Int32, UInt16
+from jaxtyping import Int, Int32, UInt16
 
 from enat_jax.config import DataConfig
-from enat_jax.data.prepared import DataError, prepared_builder, quiet
-from enat_jax.data.record_plan import MAX_CODEBOOK_SIZE
-from enat_jax.data.stream import Share, own_part, shuffled
+from enat_jax.data.prepared import Prepared, open_prepared
+from enat_jax.errors import UserError
 
-Columns = tuple[UInt16[np.ndarray, "b n"], Int32[np.ndarray, " b"]]
+Columns = tuple[UInt16[np.ndarray, "b n"], Int32[np.ndarray, " b"]]  # token ids, labels
 
 _CHUNK = 4096  # records decoded at a time: some MB
 
@@ -35,28 +34,44 @@ class RecordInfo:
     class_names: tuple[str, ...]
     num_records: int
 
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the stream's examples a process takes.
+
+    Step `s` takes examples `first + s * batch_size` and on, whatever the number of processes.
+
+    Attributes:
+        batch_size: examples of a step, over all processes.
+        rows: which of a step's are this process's, ascending; None for all.
+        first: examples that were taken before the first step.
+    """
+
+    batch_size: int
+    rows: Int[np.ndarray, " r"] | None = None
+    first: int = 0
+
     @property
-    def num_tokens(self) -> int:
-        """Tokens in each record."""
-        return self.grid[0] * self.grid[1]
+    def own_rows(self) -> Int[np.ndarray, " r"]:
+        """This process's rows of a step."""
+        return np.arange(self.batch_size) if self.rows is None else self.rows
 
 
 def record_info(cfg: DataConfig) -> RecordInfo:
     """What the records of `cfg` were made with; prepares them first if the project ships them.
 
     Raises:
-        DataError: the records are missing or empty, or their metadata are incomplete or
-            contradictory.
+        UserError: the records are missing or empty, or their metadata are incomplete.
     """
-    return _checked_info(_prepared_builder(cfg), cfg)
+    return open_records(cfg)[0]
 
 
 def training_batches(cfg: DataConfig, share: Share, *, seed: int) -> grain.DatasetIterator:
-    """An endless stream of shuffled batches, this host's part of it.
+    """An endless stream of shuffled batches, this process's part of it.
 
-    All hosts walk one stream of records together: epoch after epoch, each shuffled anew. Hence
-    every epoch's records are seen once each, by exactly one host, also where they do not divide
-    evenly, and a step holds the same records in the same rows on any number of hosts.
+    All processes walk one stream of records together: epoch after epoch, each shuffled anew. Hence
+    every epoch's records are seen once each, by exactly one process, also where they do not divide
+    evenly, and a step holds the same records in the same rows on any number of processes.
 
     Args:
         cfg: The records.
@@ -68,32 +83,20 @@ def training_batches(cfg: DataConfig, share: Share, *, seed: int) -> grain.Datas
         the share's own rows.
 
     Raises:
-        DataError: as in `record_info`, and for records that cannot be read, or whose length,
+        UserError: as in `record_info`, and for records that cannot be read, or whose length,
             token ids or labels contradict the metadata: here with `cfg.cache`, else on reading.
         ValueError: `seed` out of range.
     """
-    builder = _prepared_builder(cfg)
-    info = _checked_info(builder, cfg)
-    with quiet():
-        as_data_source: Any = builder.as_data_source  # wrapped beyond what pyright can follow
-        source = as_data_source(split=cfg.split)
-    if cfg.cache:
-        tokens, labels = _decode_all(source, info, cfg)
-        threads = 1
+    info, records = open_records(cfg)
+    cached = _decode_all(info, records) if cfg.cache else None
+    threads = 1 if cached else cfg.read_threads
 
-        def read(indices: list[int]) -> Columns:
-            return tokens[indices], labels[indices]
-    else:
-        threads = cfg.read_threads
+    def batch(numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        own = list(numbers)
+        tokens, labels = [c[own] for c in cached] if cached else _decode(info, records, own)
+        return {"token_ids": tokens.astype(np.int32), "class_ids": labels}
 
-        def read(indices: list[int]) -> Columns:
-            return _decode(source, indices, info, cfg)
-
-    def batch(indices: Sequence[int]) -> dict[str, np.ndarray]:
-        token_ids, class_ids = read(list(indices))
-        return {"token_ids": token_ids.astype(np.int32), "class_ids": class_ids}
-
-    # Only integers go through the pipeline record by record; a batch is gathered at once.
+    # Only integers go through the pipeline record by record; a batch is read at once.
     numbers = own_part(shuffled(info.num_records, seed), share)
     batches = numbers.batch(len(share.own_rows), drop_remainder=True, batch_fn=batch)
     options = grain.ReadOptions(
@@ -102,89 +105,82 @@ def training_batches(cfg: DataConfig, share: Share, *, seed: int) -> grain.Datas
     return iter(batches.to_iter_dataset(options))
 
 
-def _prepared_builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
-    """A builder that reads the newest prepared version of `cfg.name`."""
+def shuffled(count: int, seed: int) -> grain.MapDataset:
+    """The numbers below `count`, epoch after epoch, each shuffled anew by the seed (< 2**32)."""
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+
+
+def own_part(stream: grain.MapDataset, share: Share) -> grain.MapDataset:
+    """A process's examples, step after step: `len(share.own_rows)` of each."""
+    source: Any = _OwnPart(stream, share)
+    return grain.MapDataset.source(source)
+
+
+class _OwnPart:
+    """What Grain calls a source, over another stream."""
+
+    def __init__(self, stream: grain.MapDataset, share: Share):
+        self._stream, self._share, self._rows = stream, share, share.own_rows.tolist()
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Any:
+        step, row = divmod(int(index), len(self._rows))
+        return self._stream[self._share.first + step * self._share.batch_size + self._rows[row]]
+
+
+def open_records(cfg: DataConfig) -> tuple[RecordInfo, Prepared]:
+    """What `record_info` says, and the records as they lie on disk."""
     missing = "no prepared records; tokenize the data set first, or correct name or data_dir"
-    return prepared_builder(cfg.name, cfg.data_dir, where=_where(cfg), missing=missing)
-
-
-def _checked_info(builder: tfds.core.DatasetBuilder, cfg: DataConfig) -> RecordInfo:
-    """The metadata of `builder` as `RecordInfo`; all that is wrong with them in one error."""
-    metadata = builder.info.metadata or {}
-    features: Any = builder.info.features or {}
-    missing = [
-        f"metadata lack {key}"
-        for key in ("tokenizer", "codebook_size", "grid", "num_classes")
-        if key not in metadata
-    ] + [f"features lack {key}" for key in ("tokens", "label") if key not in features]
-    if missing:
-        raise DataError(f"{_where(cfg)}: not token records: {'; '.join(missing)}")
-    try:
-        num_records = builder.info.splits[cfg.split].num_examples
-    except ValueError as error:
-        raise DataError(f"{_where(cfg)}: {error}") from error
-
-    num_classes = metadata["num_classes"]
-    names = getattr(features["label"], "names", None) or map(str, range(num_classes))
+    records = open_prepared(cfg.name, cfg.data_dir, cfg.split, missing=missing)
+    where, _, metadata, features, source = records
+    needed = ("tokenizer", "codebook_size", "grid", "num_classes")
+    lacking = [f"metadata lack {key}" for key in needed if key not in metadata]
+    lacking += [f"features lack {key}" for key in ("tokens", "label") if key not in features]
+    if lacking:
+        raise UserError(f"{where}: not token records: {'; '.join(lacking)}")
+    names = getattr(features["label"], "names", None) or map(str, range(metadata["num_classes"]))
     info = RecordInfo(
         tokenizer=metadata["tokenizer"],
         tokenizer_digest=metadata.get("tokenizer_digest", ""),
         codebook_size=metadata["codebook_size"],
         grid=tuple(metadata["grid"]),
-        num_classes=num_classes,
+        num_classes=metadata["num_classes"],
         class_names=tuple(names),
-        num_records=num_records,
+        num_records=len(source),
     )
-    errors = []
-    if num_records == 0:
-        errors.append("the split is empty")
-    if not 1 <= info.codebook_size <= MAX_CODEBOOK_SIZE:
-        errors.append(f"codebook_size = {info.codebook_size}, must lie in [1, {MAX_CODEBOOK_SIZE}]")
-    if len(info.class_names) != num_classes:
-        errors.append(f"num_classes = {num_classes}, but {len(info.class_names)} class names")
-    if errors:
-        raise DataError(f"{_where(cfg)}: {'; '.join(errors)}")
-    return info
+    return info, records
 
 
-def _decode_all(source: Sequence[Any], info: RecordInfo, cfg: DataConfig) -> Columns:
-    """All records in two compact arrays."""
-    tokens = np.empty((info.num_records, info.num_tokens), np.uint16)
+def _decode_all(info: RecordInfo, records: Prepared) -> Columns:
+    tokens = np.empty((info.num_records, info.grid[0] * info.grid[1]), np.uint16)
     labels = np.empty(info.num_records, np.int32)
     for start in range(0, info.num_records, _CHUNK):
-        chunk = slice(start, min(start + _CHUNK, info.num_records))
-        indices = range(chunk.start, chunk.stop)
-        tokens[chunk], labels[chunk] = _decode(source, list(indices), info, cfg)
+        chunk = slice(start, start + _CHUNK)
+        tokens[chunk], labels[chunk] = _decode(info, records, range(info.num_records)[chunk])
     return tokens, labels
 
 
-def _decode(source: Any, indices: list[int], info: RecordInfo, cfg: DataConfig) -> Columns:
+def _decode(info: RecordInfo, records: Prepared, indices: Sequence[int]) -> Columns:
     """The records at `indices`, compared with what the metadata say."""
-    try:
-        records = source.__getitems__(indices)  # a third of the time of one by one
-    except RuntimeError as error:
-        raise DataError(f"{_where(cfg)}: a file is missing or damaged: {error}") from error
-    for index, record in zip(indices, records, strict=True):
-        if len(record["tokens"]) != info.num_tokens:
-            raise DataError(
-                f"{_where(cfg)}: record {index} has {len(record['tokens'])} tokens, the grid "
-                f"{info.grid[0]} x {info.grid[1]} has {info.num_tokens}"
-            )
-    tokens = np.stack([record["tokens"] for record in records])
-    labels = np.array([record["label"] for record in records])
+    read, (height, width) = records.read(indices), info.grid
+    lengths = {len(record["tokens"]) for record in read}
+    if lengths != {height * width}:
+        raise UserError(
+            f"{records.where}: records of {sorted(lengths)} tokens, the grid {height} x {width} has"
+            f" {height * width}"
+        )
+    tokens = np.stack([record["tokens"] for record in read])
+    labels = np.array([record["label"] for record in read])
     for field, values, limit in (
         ("tokens", tokens, info.codebook_size),
         ("label", labels, info.num_classes),
     ):
-        if values.min() < 0 or values.max() >= limit:
-            wrong = (values < 0) | (values >= limit)
-            record = indices[int(np.nonzero(wrong)[0][0])]
-            raise DataError(
-                f"{_where(cfg)}: record {record} has {field} = {values[wrong][0]}, "
-                f"must lie in [0, {limit})"
+        low, high = values.min(), values.max()
+        if low < 0 or high >= limit:
+            wrong = low if low < 0 else high
+            raise UserError(
+                f"{records.where}: a record has {field} = {wrong}, must lie in [0, {limit})"
             )
     return tokens.astype(np.uint16), labels.astype(np.int32)
-
-
-def _where(cfg: DataConfig) -> str:
-    return f"data set {cfg.name!r}, split {cfg.split!r}, data_dir {cfg.data_dir!r}"

@@ -1,100 +1,135 @@
-"""Batches of images for training, as a Grain pipeline over a source of images."""
+"""Batches of images: shuffled without end, for training, or each image once and in order."""
 
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int32, UInt8
 
-from enat_jax.data.image_source import ImageError, ImageSource, UnreadableImage
-from enat_jax.data.stream import Share, own_part, shuffled
+from enat_jax.data.batches import Share, own_part, shuffled
+from enat_jax.data.images import ImageSource, UnreadableImage
+from enat_jax.errors import UserError
 
 _PREFETCH = 8  # images per thread read ahead of their use
-
-
-class Reader:
-    """Reads images of one size; one that cannot be decoded is replaced by the next that can be.
-
-    What is read depends on the number and the random generator alone, so a run that resumes sees
-    the same images. May be used by several threads.
-
-    Args:
-        source: the images.
-        size: pixels per side.
-        random_crops: whether to crop at random; else the image's centre is taken.
-        max_unreadable: most images that may be unreadable, as a share of all.
-        warn: called with a line for every one, once.
-    """
-
-    def __init__(
-        self,
-        source: ImageSource,
-        *,
-        size: int,
-        random_crops: bool,
-        max_unreadable: float,
-        warn: Callable[[str], object],
-    ):
-        self._source, self._size, self._random = source, size, random_crops
-        self._limit, self._warn = max_unreadable, warn
-        self._bad: set[int] = set()
-        self._lock = threading.Lock()
-
-    def __call__(self, index: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
-        """One image, mirrored half of the time.
-
-        Args:
-            index: its number; taken modulo how many there are.
-            rng: decides where it is cropped, and whether it is mirrored.
-
-        Raises:
-            ImageError: too many images cannot be decoded.
-        """
-        while True:
-            index %= len(self._source)
-            try:
-                if self._random:
-                    return self._source.read(index, self._size, rng)
-                image = self._source.read(index, self._size)
-                return np.ascontiguousarray(image[:, ::-1]) if rng.integers(2) else image
-            except UnreadableImage as error:
-                self._note(index, error)
-            index += 1
-
-    def _note(self, index: int, error: UnreadableImage) -> None:
-        with self._lock:
-            if index in self._bad:
-                return
-            self._bad.add(index)
-            bad, total = len(self._bad), len(self._source)
-        if bad > self._limit * total:
-            raise ImageError(
-                f"{error}: with it {bad} of {total} images are unreadable, more than"
-                f" max_unreadable = {self._limit:g} allows"
-            )
-        self._warn(f"skipped {error}")
+_AHEAD = 2  # batches being read while another is in use
 
 
 def image_batches(
-    reader: Reader, num_images: int, share: Share, *, seed: int, threads: int
+    source: ImageSource,
+    share: Share,
+    *,
+    size: int,
+    random_crops: bool,
+    max_unreadable: float,
+    seed: int,
+    threads: int,
+    warn: Callable[[str], object],
 ) -> grain.DatasetIterator:
-    """An endless stream of shuffled batches, this host's part of it.
+    """An endless stream of shuffled batches, mirrored half of the time; this process's part of it.
 
-    All hosts walk one stream of images together, epoch after epoch, each shuffled anew; a step
-    holds the same images, cropped alike, in the same rows on any number of hosts.
+    All processes walk one stream of images together, epoch after epoch, each shuffled anew; a step
+    holds the same images, cropped alike, in the same rows on any number of processes. An image that
+    cannot be decoded is replaced by the next that can be.
 
     Args:
-        reader: reads one image.
-        num_images: how many there are.
+        source: the images.
         share: which of them, from where on.
+        size: pixels per side.
+        random_crops: whether to crop at random; else the image's centre is taken.
+        max_unreadable: most images that may be unreadable, as a share of all; more are a UserError.
         seed: decides order, crops and mirroring; in [0, 2**32).
         threads: that read.
+        warn: called with a line for every unreadable image, once.
 
     Returns:
         An iterator of uint8 `[b, size, size, 3]`, of the share's own rows.
     """
-    images = own_part(shuffled(num_images, seed).random_map(reader), share)
+    unreadable: set[int] = set()
+    lock = threading.Lock()
+
+    def read(index: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
+        while True:
+            index %= len(source)
+            try:
+                image = source.read(index, size, rng if random_crops else None)
+                return np.ascontiguousarray(image[:, ::-1]) if rng.integers(2) else image
+            except UnreadableImage as error:
+                with lock:
+                    is_new = index not in unreadable
+                    unreadable.add(index)
+                if len(unreadable) > max_unreadable * len(source):
+                    raise UserError(
+                        f"{error}: {len(unreadable)} of {len(source)} images are unreadable,"
+                        f" more than max_unreadable = {max_unreadable:g} allows"
+                    ) from error
+                if is_new:
+                    warn(f"skipped {error}")
+            index += 1
+
+    images = own_part(shuffled(len(source), seed).random_map(read), share)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * _PREFETCH)
     batches = images.batch(len(share.own_rows), drop_remainder=True)
     return iter(batches.to_iter_dataset(options))
+
+
+class ImageBatch(NamedTuple):
+    """Some images of a source; rows that hold none are blank.
+
+    Attributes:
+        span: which images: row `i` is for image `span[i]`.
+        images: their pixels.
+        labels: their class ids.
+        readable: which rows hold an image.
+        unreadable: the images that are left out.
+    """
+
+    span: range
+    images: UInt8[np.ndarray, "b y x 3"]
+    labels: Int32[np.ndarray, " b"]
+    readable: Bool[np.ndarray, " b"]
+    unreadable: list[UnreadableImage]
+
+
+def read_batches(
+    source: ImageSource, spans: Sequence[range], *, batch_size: int, size: int, threads: int
+) -> Iterator[ImageBatch]:
+    """Centre crops of the images in each span, one batch per span, in order.
+
+    Args:
+        source: The images.
+        spans: Which images make up a batch, at most `batch_size` each.
+        batch_size: Rows of every batch.
+        size: Pixels per side.
+        threads: How many threads read, ahead of their use.
+
+    Raises:
+        UserError: an image without a class.
+    """
+
+    def read(index: int) -> tuple[np.ndarray, int] | UnreadableImage:
+        try:
+            return source.read(index, size), source.class_id(index)
+        except UnreadableImage as error:
+            return error
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * batch_size)
+    indices = list(itertools.chain.from_iterable(spans))
+    stream = iter(grain.MapDataset.source(indices).map(read).to_iter_dataset(options))
+    for span in spans:
+        batch = ImageBatch(
+            span,
+            np.zeros((batch_size, size, size, 3), np.uint8),
+            np.zeros(batch_size, np.int32),
+            np.zeros(batch_size, bool),
+            [],
+        )
+        for row, image in enumerate(itertools.islice(stream, len(span))):
+            if isinstance(image, UnreadableImage):
+                batch.unreadable.append(image)
+            else:
+                batch.images[row], batch.labels[row] = image
+                batch.readable[row] = True
+        yield batch

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -12,27 +12,8 @@ SIZE = 64  # pixels along a crop's side
 HELD_OUT_ROW = 275  # of the photographs: test crops lie below, train crops above
 
 
-class Photograph(NamedTuple):
-    """A photograph of 640 x 427 pixels and what of it is cropped.
-
-    Attributes:
-        label: the class of its crops.
-        file: its name in scikit-learn.
-        left: the first column of the part around its subject.
-        right: the column after the last.
-    """
-
-    label: str
-    file: str
-    left: int
-    right: int
-
-
-PHOTOGRAPHS = (
-    Photograph("temple", "china.jpg", 0, 520),
-    Photograph("flower", "flower.jpg", 40, 600),
-)
-
+# class: the photograph's file in scikit-learn, of 640 x 427 pixels; its columns around the subject
+PHOTOGRAPHS = {"temple": ("china.jpg", 0, 520), "flower": ("flower.jpg", 40, 600)}
 # split: how many crops of each photograph, and how much the photograph is reduced for them in turn
 SPLITS = {"train": (3000, (2, 3)), "test": (200, (2,))}
 
@@ -54,7 +35,7 @@ class Photos(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=[p.label for p in PHOTOGRAPHS]),
+                    "label": tfds.features.ClassLabel(names=list(PHOTOGRAPHS)),
                 }
             ),
             supervised_keys=("image", "label"),
@@ -68,11 +49,11 @@ class Photos(tfds.core.GeneratorBasedBuilder):
         from sklearn.datasets import load_sample_image  # seconds to import, needed once per machine
 
         count, reductions = SPLITS[split]
-        for number, photograph in enumerate(PHOTOGRAPHS):
+        for number, (label, (file, left, right)) in enumerate(PHOTOGRAPHS.items()):
             rng = np.random.default_rng([list(SPLITS).index(split), number])
-            whole = Image.fromarray(load_sample_image(photograph.file))
-            top, bottom = (HELD_OUT_ROW, whole.height) if split == "test" else (0, HELD_OUT_ROW)
-            part = whole.crop((photograph.left, top, photograph.right, bottom))
+            photograph = Image.fromarray(load_sample_image(file))
+            top, bottom = (0, HELD_OUT_ROW) if split == "train" else (HELD_OUT_ROW, 427)
+            part = photograph.crop((left, top, right, bottom))
             sizes = [(part.width // by, part.height // by) for by in reductions]
             reduced = [part.resize(size, Image.Resampling.LANCZOS) for size in sizes]
             for index in range(count):
@@ -80,7 +61,4 @@ class Photos(tfds.core.GeneratorBasedBuilder):
                 x, y = (int(rng.integers(side - SIZE + 1)) for side in picture.size)
                 crop = io.BytesIO()  # bytes: TFDS would encode an array with TensorFlow
                 picture.crop((x, y, x + SIZE, y + SIZE)).save(crop, format="PNG")
-                yield (
-                    f"{photograph.label}_{index}",
-                    {"image": crop.getvalue(), "label": photograph.label},
-                )
+                yield f"{label}_{index}", {"image": crop.getvalue(), "label": label}

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from enat_jax.files import written_whole
+from enat_jax.files import atomic
 
 _SMALLEST_CELL = 64  # smaller images are enlarged in a grid, pixel by pixel
 _GAP = 4
@@ -86,7 +86,7 @@ def write_npz(
         class_ids: one per image.
     """
     count = 0
-    with written_whole(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+    with atomic(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for batch in batches:
                 if not count:

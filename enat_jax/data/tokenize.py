@@ -1,34 +1,29 @@
 """From images to token records, batch by batch on all devices."""
 
-import contextlib
+import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.experimental import multihost_utils
-from jaxtyping import Array, Int32, UInt8, UInt16
+from jaxtyping import Array, Int32, PyTree, UInt8
 from tqdm import tqdm
 
-from enat_jax.data.image_source import ImageConfig, open_images
-from enat_jax.data.prepared import SHIPPED
-from enat_jax.data.read_ahead import ImageBatch, read_batches
-from enat_jax.data.record_plan import RecordPlan
-from enat_jax.data.records import RecordFolder
+from enat_jax.data.image_batches import read_batches
+from enat_jax.data.images import ImageConfig, ImageSource, open_images
+from enat_jax.data.prepared import shipped
+from enat_jax.data.records import RecordFolder, RecordPlan
 from enat_jax.errors import UserError
+from enat_jax.parallel.hosts import all_gather_text, from_primary
 from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.protocol import Tokenizer
 
-_SECONDS = 30  # between lines on progress where there is no terminal
-_WHITE = 255
-
-
-class TokenizeError(UserError):
-    """Images that cannot be made into records as asked."""
+T = TypeVar("T")
 
 
 def tokenize(
@@ -40,7 +35,7 @@ def tokenize(
     grid: tuple[int, int],
     batch_size: int,
     placement: Placement,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> None:
     """Writes the token records of all images, or those that an earlier run did not get to.
 
@@ -59,14 +54,21 @@ def tokenize(
         grid: Rows and columns of tokens, equally many.
         batch_size: Images read per batch and process; as many again are made by mirroring.
         placement: Of the devices; batches are split over this process's own.
-        say: Called with lines for the user.
+        log: Called with lines for the user.
 
     Raises:
         UserError: arguments that do not fit, images or records that cannot be opened, more
-            unreadable images than allowed; whole shards are kept.
+            unreadable images than allowed; complete shards are kept.
     """
     placement = placement.local
-    _check(tokenizer, out_name, grid, batch_size, placement)
+    if shipped(out_name):
+        raise UserError(f"out_name = {out_name!r} is a data set of the project's own")
+    if grid[0] != grid[1]:
+        raise UserError(f"grid = {grid[0]} x {grid[1]}, must be square: crops are")
+    if batch_size % placement.batch_shards:
+        raise UserError(
+            f"batch_size = {batch_size}, must be a multiple of {placement.batch_shards} devices"
+        )
     source = open_images(images)
     plan = RecordPlan(
         name=out_name,
@@ -84,173 +86,115 @@ def tokenize(
     )
     folder = RecordFolder(plan, data_dir)
     if folder.finished:
-        say(f"{folder.path} is whole already: {folder.num_skipped()} images were skipped")
+        log(f"{folder.path} is complete already: {folder.num_skipped()} images were skipped")
         return
     missing = folder.missing()
-    mine = [s for s in missing if s % jax.process_count() == jax.process_index()]
     begun = f"; {plan.num_shards - len(missing)} of {plan.num_shards} shards are there"
-    say(
+    log(
         f"{source.summary}, to {grid[0]} x {grid[1]} tokens of {tokenizer.name} in {folder.path}"
         f"{begun if len(missing) < plan.num_shards else ''}"
     )
+    own = [shard for shard in missing if shard % jax.process_count() == jax.process_index()]
     started = time.perf_counter()
-    spans = [span for shard in mine for span in _spans(plan.images_of(shard), batch_size)]
-    encode = compiled_encoder(tokenizer, plan, batch_size, placement)
-    with contextlib.closing(
-        read_batches(
-            source,
-            spans,
-            batch_size=batch_size,
-            size=plan.image_size,
-            threads=images.read_threads,
-        )
-    ) as batches:
-        _write_shards(folder, _one_behind(encode, batches), mine, images.max_unreadable, say)
-    seconds = time.perf_counter() - started
+    encode = compiled_encoder(tokenizer, images.flips, placement)
+    count = _write_shards(folder, own, source, encode, images, batch_size, log)
+    rate = f"; {count / (time.perf_counter() - started):.1f} images/s" if count else ""
 
-    multihost_utils.sync_global_devices(f"{out_name}: all shards are there")
-    if jax.process_index() == 0:
-        skipped = folder.num_skipped()
-        _stop_if_too_many(skipped, plan, images.max_unreadable)
-        records = folder.finish()
-        rate = f"; {sum(map(len, spans)) / seconds:.1f} images/s" if spans else ""
-        say(
-            f"{plan.num_images} images, {skipped} skipped, {records} records in {folder.path}{rate}"
-        )
-    multihost_utils.sync_global_devices(f"{out_name}: described")
+    def finish() -> int:
+        _refuse_too_many(folder.num_skipped(), plan, images)
+        return folder.finish()
+
+    all_gather_text("")  # all shards are there
+    records = from_primary(finish)
+    log(
+        f"{plan.num_images} images, {folder.num_skipped()} skipped, {records} records in"
+        f" {folder.path}{rate}"
+    )
 
 
 def compiled_encoder(
-    tokenizer: Tokenizer, plan: RecordPlan, batch_size: int, placement: Placement
+    tokenizer: Tokenizer, flips: bool, placement: Placement
 ) -> Callable[[UInt8[np.ndarray, "b y x 3"]], Int32[Array, "b o n"]]:
     """Encodes batches of one size in each orientation `o`: as they are and, if asked, mirrored."""
 
-    def encode(weights: Any, images: UInt8[Array, "b y x 3"]) -> Int32[Array, "b o n"]:
-        pixels = images.astype(jnp.float32) / _WHITE
-        both = jnp.stack([pixels, pixels[:, :, ::-1]] if plan.flips else [pixels], axis=1)
+    def encode(weights: PyTree, images: UInt8[Array, "b y x 3"]) -> Int32[Array, "b o n"]:
+        pixels = images.astype(jnp.float32) / 255
+        both = jnp.stack([pixels, pixels[:, :, ::-1]] if flips else [pixels], axis=1)
         token_ids = tokenizer.encode(weights, rearrange(both, "b o y x c -> (b o) y x c"))
-        return rearrange(token_ids, "(b o) n -> b o n", b=batch_size)
+        return rearrange(token_ids, "(b o) n -> b o n", b=len(images))
 
-    weights = jax.device_put(tokenizer.params, placement.replicated)
+    weights = placement.put(tokenizer.params)
     by_rows = placement.batch
     compiled = jax.jit(encode, in_shardings=(placement.replicated, by_rows), out_shardings=by_rows)
     return lambda images: compiled(weights, jax.device_put(images, by_rows))
 
 
-def _check(
-    tokenizer: Tokenizer,
-    out_name: str,
-    grid: tuple[int, int],
-    batch_size: int,
-    placement: Placement,
-) -> None:
-    """All that is wrong with the arguments in one error."""
-    errors = []
-    if out_name in SHIPPED:
-        errors.append(f"out_name = {out_name!r} is a data set of the project's own")
-    if grid[0] != grid[1] or grid[0] < 1:
-        errors.append(f"grid = {grid[0]} x {grid[1]}, must be square: crops are")
-    shards = placement.batch_shards
-    if batch_size < 1 or batch_size % shards:
-        errors.append(f"batch_size = {batch_size}, must be a multiple of {shards} devices")
-    if errors:
-        raise TokenizeError(f"tokenize with {tokenizer.name}: {'; '.join(errors)}")
-
-
-def _spans(images: range, batch_size: int) -> list[range]:
-    return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-
-
-def _one_behind(
-    encode: Callable[[np.ndarray], Array], batches: Iterable[ImageBatch]
-) -> Iterator[tuple[ImageBatch, Int32[np.ndarray, "b o n"]]]:
-    """Batches with their token ids, waited for while the devices work on the next batch."""
-    previous: tuple[ImageBatch, Array] | None = None
-    for batch in batches:
-        token_ids = encode(batch.images)
-        if previous is not None:
-            yield previous[0], np.asarray(previous[1])
-        previous = batch, token_ids
-    if previous is not None:
-        yield previous[0], np.asarray(previous[1])
-
-
 def _write_shards(
     folder: RecordFolder,
-    encoded: Iterable[tuple[ImageBatch, Int32[np.ndarray, "b o n"]]],
     shards: Sequence[int],
-    max_unreadable: float,
-    say: Callable[[str], object],
-) -> None:
-    """Gathers batches into shards and writes them, with a bar or lines on how far it is."""
+    source: ImageSource,
+    encode: Callable[[np.ndarray], Array],
+    cfg: ImageConfig,
+    batch_size: int,
+    log: Callable[[str], object],
+) -> int:
+    """Writes shards image by image, each mirror image after its original; returns how many."""
     plan, skipped = folder.plan, folder.num_skipped()
-    _stop_if_too_many(skipped, plan, max_unreadable)
-    total, done = sum(len(plan.images_of(shard)) for shard in shards), 0
-    rows: list[tuple[np.ndarray, np.ndarray]] = []  # of the shard at work: token ids, labels
-    reasons: dict[str, str] = {}
-    started = said = time.perf_counter()
-    with tqdm(total=total, unit="image", disable=None, dynamic_ncols=True) as bar:
-        for batch, token_ids in encoded:
-            for error in batch.unreadable:
-                with bar.external_write_mode():
-                    say(f"skipped {error}")
-                reasons[error.name] = error.reason
-            skipped += len(batch.unreadable)
-            _stop_if_too_many(skipped, plan, max_unreadable)
-            rows.append((_checked(token_ids[batch.readable], plan), batch.labels[batch.readable]))
-            shard = batch.span.start // plan.shard_size
-            if batch.span.stop == plan.images_of(shard).stop:
-                token_ids, labels = (np.concatenate(each) for each in zip(*rows, strict=True))
-                _write_shard(folder, shard, token_ids, labels, reasons)
-                rows, reasons = [], {}
-            bar.update(len(batch.span))
-            done += len(batch.span)
-            now = time.perf_counter()
-            if bar.disable and now - said >= _SECONDS and done < total:
-                rate, said = done / (now - started), now
-                left = (total - done) / rate / 60
-                say(f"{done}/{total} images, {rate:.1f} images/s, {left:.1f} min left")
+    _refuse_too_many(skipped, plan, cfg)
+    spans = [
+        images[start : start + batch_size]
+        for images in map(plan.images_of, shards)
+        for start in range(0, len(images), batch_size)
+    ]
+    size, threads = plan.image_size, cfg.read_threads
+    batches = read_batches(source, spans, batch_size=batch_size, size=size, threads=threads)
+    encoded = _one_behind((batch, encode(batch.images)) for batch in batches)
+    by_shard = itertools.groupby(encoded, lambda each: each[0].span.start // plan.shard_size)
+    with tqdm(
+        total=sum(map(len, spans)),
+        unit="image",
+        disable=jax.process_index() > 0,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    ) as bar:
+        for shard, parts in by_shard:
+            tokens, labels, reasons = [], [], {}
+            for batch, token_ids in parts:
+                for error in batch.unreadable:
+                    with bar.external_write_mode():
+                        log(f"skipped {error}")
+                    reasons[error.name] = error.reason
+                skipped += len(batch.unreadable)
+                _refuse_too_many(skipped, plan, cfg)
+                tokens.append(np.asarray(token_ids)[batch.readable])
+                labels.append(batch.labels[batch.readable])
+                bar.update(len(batch.span))
+            token_ids = np.concatenate(tokens).astype(np.uint16)
+            images, orientations, _ = token_ids.shape
+            folder.write(
+                shard,
+                rearrange(token_ids, "b o n -> (b o) n"),
+                np.repeat(np.concatenate(labels), orientations),
+                np.tile(np.arange(orientations) > 0, images),
+                reasons,
+            )
+    return sum(map(len, spans))
 
 
-def _write_shard(
-    folder: RecordFolder,
-    shard: int,
-    token_ids: UInt16[np.ndarray, "b o n"],
-    labels: Int32[np.ndarray, " b"],
-    reasons: dict[str, str],
-) -> None:
-    """Writes a shard: image by image, each mirror image after its original."""
-    images, orientations, _ = token_ids.shape
-    folder.write(
-        shard,
-        rearrange(token_ids, "b o n -> (b o) n"),
-        np.repeat(labels, orientations),
-        np.tile(np.arange(orientations) > 0, images),
-        reasons,
-    )
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each once the next is made: it is waited for while devices work on that."""
+    made: list[T] = []
+    for item in items:
+        yield from made
+        made = [item]
+    yield from made
 
 
-def _checked(
-    token_ids: Int32[np.ndarray, "b o n"], plan: RecordPlan
-) -> UInt16[np.ndarray, "b o n"]:
-    expected = (1 + plan.flips, plan.grid[0] * plan.grid[1])
-    if token_ids.shape[1:] != expected:
-        raise TokenizeError(
-            f"{plan.tokenizer} gave {token_ids.shape[2]} tokens, the grid has {expected[1]}"
-        )
-    if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < plan.codebook_size:
-        raise TokenizeError(
-            f"{plan.tokenizer} gave token ids in [{token_ids.min()}, {token_ids.max()}], must lie"
-            f" in [0, {plan.codebook_size})"
-        )
-    return token_ids.astype(np.uint16)
-
-
-def _stop_if_too_many(skipped: int, plan: RecordPlan, max_unreadable: float) -> None:
+def _refuse_too_many(skipped: int, plan: RecordPlan, cfg: ImageConfig) -> None:
     """Stops where more images are unreadable than allowed, out of all there are."""
-    if skipped > max_unreadable * plan.num_images:
-        raise TokenizeError(
+    if skipped > cfg.max_unreadable * plan.num_images:
+        raise UserError(
             f"{skipped} of {plan.num_images} images are unreadable so far, more than"
-            f" max_unreadable = {max_unreadable} allows; what was written is kept, and the same"
+            f" max_unreadable = {cfg.max_unreadable} allows; what was written is kept, and the same"
             " command goes on"
         )

@@ -28,7 +28,7 @@ from enat_jax.parallel.hosts import (
 )
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
-from enat_jax.tokenizers.levels import as_uint8
+from enat_jax.tokenizers.protocol import as_uint8
 
 ENOUGH = 2048  # images: fewer leave the covariance of the pool features short of full rank
 

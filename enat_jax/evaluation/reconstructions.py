@@ -9,15 +9,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from enat_jax.data.image_source import ImageError, ImageSource, UnreadableImage
+from enat_jax.data.images import ImageSource, UnreadableImage
 from enat_jax.data.pictures import image_grid
+from enat_jax.errors import UserError
 from enat_jax.evaluation.frechet import Moments, frechet
 from enat_jax.evaluation.inception import FeatureExtractor
 from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.evaluation.metric import Objective
 from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
-from enat_jax.tokenizers.levels import as_uint8
+from enat_jax.tokenizers.protocol import as_uint8
 
 _PER_ROW = 8  # originals in a row of the picture
 _SMALLEST_ERROR = 1e-10  # a perfect reconstruction has 100 dB
@@ -31,7 +32,7 @@ def read_images(
     Unreadable ones are left out, with a line for each.
 
     Raises:
-        ImageError: none is readable.
+        UserError: none is readable.
     """
     images = []
     for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)):
@@ -40,7 +41,7 @@ def read_images(
         except UnreadableImage as error:
             warn(f"skipped {error}")
     if not images:
-        raise ImageError(f"{source.name}: no image is readable")
+        raise UserError(f"{source.name}: no image is readable")
     return np.stack(images)
 
 

@@ -1,6 +1,5 @@
 """Statistics of the Inception features of real images: made, written, read."""
 
-import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from enat_jax.config import EvaluateConfig
-from enat_jax.data.image_source import ImageConfig, open_images
-from enat_jax.data.read_ahead import read_batches
+from enat_jax.data.image_batches import read_batches
+from enat_jax.data.images import ImageConfig, open_images
 from enat_jax.errors import UserError
 from enat_jax.evaluation.frechet import Gaussian, Moments
 from enat_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES, FeatureExtractor
@@ -124,7 +123,7 @@ def reference_statistics(
     single, every = [], -(-total // MOST_FEATURES)
     done = readable = 0
     hidden = None if is_primary() else True  # None: hidden where nobody looks
-    with contextlib.closing(batches), tqdm(total=total, unit="image", disable=hidden) as bar:
+    with tqdm(total=total, unit="image", disable=hidden) as bar:
         for batch in batches:
             for error in batch.unreadable:
                 with bar.external_write_mode():

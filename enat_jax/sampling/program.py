@@ -16,8 +16,7 @@ from enat_jax.models.flops import step_flops
 from enat_jax.models.layers import cast_kernels
 from enat_jax.models.networks import abstract_params, make_network
 from enat_jax.parallel.placement import Placement
-from enat_jax.tokenizers.levels import as_uint8
-from enat_jax.tokenizers.protocol import Tokenizer
+from enat_jax.tokenizers.protocol import Tokenizer, as_uint8
 
 Layers = Literal["auto", "stacked", "unstacked"]
 Output = Literal["token_ids", "floats", "uint8"]

@@ -1,53 +1,41 @@
-"""The identity tokenizer for tiny images: the grey levels of the pixels are the tokens."""
+"""The tokenizer of tiny images without weights: the grey levels of the pixels are the tokens."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange, repeat
-from jax import Array
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Array, Float, Int, Int32, PyTree
 
 _WHITE = 255
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """One token per pixel, out of `levels` evenly spaced greys from black to white.
+    """One token per pixel, out of `codebook_size` evenly spaced greys from black to white.
 
     `encode(decode(token_ids)) == token_ids` holds exactly, so nothing is lost to the tokenizer
-    and a model's picture is exactly what it sampled.
-
-    Attributes:
-        levels: Number of greys, in [2, 256].
-        grid: Rows and columns of the images.
+    and a model's picture is exactly what it sampled. Colours become greys. Attributes are those of
+    all tokenizers; there are 2 to 256 greys.
     """
 
-    name: ClassVar[str] = "pixels"
+    codebook_size: int
+    name: str = "pixels"
+    patch: int = 1
+    digest: str = ""
+    params: tuple[()] = ()
 
-    levels: int = 17
-    grid: tuple[int, int] = (8, 8)
+    def encode(self, params: PyTree, images: Float[Array, "b y x 3"]) -> Int32[Array, "b n"]:
+        """Token ids of the greys nearest to the pixels' mean colour, row by row."""
+        greys = jnp.rint(images.mean(axis=-1) * _WHITE).astype(jnp.int32)
+        token_ids = ((self.codebook_size - 1) * greys + _WHITE // 2) // _WHITE
+        return rearrange(token_ids, "b y x -> b (y x)")
 
-    def __post_init__(self):
-        if not 2 <= self.levels <= _WHITE + 1:
-            raise ValueError(f"levels = {self.levels}, must lie in [2, {_WHITE + 1}]")
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of distinct token ids."""
-        return self.levels
-
-    def encode(self, images: UInt8[Array | np.ndarray, "b y x 1"]) -> Int32[Array, "b n"]:
-        """Token ids of the greys nearest to the pixels, row by row from the top left."""
-        y, x = self.grid
-        greys = rearrange(jnp.asarray(images, jnp.int32), "b y x 1 -> b (y x)", y=y, x=x)
-        return ((self.levels - 1) * greys + _WHITE // 2) // _WHITE
-
-    def decode(self, token_ids: Int[Array | np.ndarray, "b n"]) -> UInt8[Array, "b y x 3"]:
-        """Pictures in [0, 255] whose three channels are all the grey that a token stands for."""
-        # Whole numbers only, so that a compiled division cannot move a grey by one.
-        y, x = self.grid
-        steps = self.levels - 1
-        greys = (_WHITE * jnp.asarray(token_ids, jnp.int32) + steps // 2) // steps
-        return repeat(greys.astype(jnp.uint8), "b (y x) -> b y x 3", y=y, x=x)
+    def decode(
+        self, params: PyTree, token_ids: Int[Array, "b n"], grid: tuple[int, int]
+    ) -> Float[Array, "b y x 3"]:
+        """Images in [0, 1] of the greys that the tokens stand for, in 256 levels."""
+        # Whole numbers first, so that a compiled division cannot move a grey by one.
+        steps = self.codebook_size - 1
+        greys = (_WHITE * token_ids.astype(jnp.int32) + steps // 2) // steps
+        y, x = grid
+        return repeat(greys / jnp.float32(_WHITE), "b (y x) -> b y x 3", y=y, x=x)

@@ -1,8 +1,9 @@
 """What every tokenizer of images offers."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int, Int32
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32, PyTree, UInt8
 
 
 @runtime_checkable
@@ -29,14 +30,19 @@ class Tokenizer(Protocol):
     @property
     def patch(self) -> int: ...  # noqa: D102
     @property
-    def params(self) -> Any: ...  # noqa: D102
+    def params(self) -> PyTree: ...  # noqa: D102
 
-    def encode(self, params: Any, images: Float[Array, "b y x 3"]) -> Int32[Array, "b n"]:
+    def encode(self, params: PyTree, images: Float[Array, "b y x 3"]) -> Int32[Array, "b n"]:
         """Token ids of images in [0, 1], row by row from the top left."""
         ...
 
     def decode(
-        self, params: Any, token_ids: Int[Array, "b n"], grid: tuple[int, int]
+        self, params: PyTree, token_ids: Int[Array, "b n"], grid: tuple[int, int]
     ) -> Float[Array, "b y x 3"]:
         """Images in [0, 1]."""
         ...
+
+
+def as_uint8(images: Float[Array, "b y x c"]) -> UInt8[Array, "b y x c"]:
+    """Images in [0, 1], clipped, in the nearest of 256 levels: as all decoded images are."""
+    return jnp.floor(jnp.clip(images, 0.0, 1.0) * 255.0 + 0.5).astype(jnp.uint8)

@@ -1,6 +1,7 @@
 """VQGAN, the convolutional tokenizer of images: a grid of codebook entries and back."""
 
 import itertools
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -218,3 +219,81 @@ class VQGAN(nnx.Module):
         """
         token_ids = rearrange(token_ids, "b (v u) -> b v u", v=grid[0], u=grid[1])
         return self.decoder(self.codebook[...][token_ids]).astype(jnp.float32)
+
+
+def abstract_vqgan(cfg: VQGANConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The network's structure and the shapes of its parameters, without any memory."""
+    return nnx.split(nnx.eval_shape(lambda: VQGAN(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+@dataclass(frozen=True)
+class VQGANTokenizer:
+    """A VQGAN and its weights as a tokenizer; attributes as `Tokenizer`'s."""
+
+    cfg: VQGANConfig
+    params: nnx.State = field(repr=False)
+    digest: str
+    name: str = "vqgan"
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codebook entries."""
+        return self.cfg.codebook_size
+
+    @property
+    def patch(self) -> int:
+        """Pixels along each side of a token."""
+        return self.cfg.patch
+
+    def encode(self, params: nnx.State, images: Float[Array, "b y x 3"]) -> Int32[Array, "b n"]:
+        """Token ids of images in [0, 1]."""
+        return self._network(params).encode(images)
+
+    def decode(
+        self, params: nnx.State, token_ids: Int[Array, "b n"], grid: tuple[int, int]
+    ) -> Float[Array, "b y x 3"]:
+        """Images, clipped to [0, 1]."""
+        return jnp.clip(self._network(params).decode(token_ids, grid), 0.0, 1.0)
+
+    def _network(self, params: nnx.State) -> VQGAN:
+        return nnx.merge(abstract_vqgan(self.cfg)[0], params)
+
+
+def encode_flops(cfg: VQGANConfig, side: int) -> float:
+    """FLOPs of a square image's token ids: convolutions and the codebook product, 2 a multiply-add.
+
+    Args:
+        cfg: the network's sizes.
+        side: pixels along each side, a multiple of `cfg.patch`.
+    """
+    widths, grid, top = cfg.widths, side // cfg.patch, cfg.widths[-1]
+    levels = sum(
+        _blocks_flops(side // 2**depth, cfg.num_res_blocks, finer, width)
+        for depth, (finer, width) in enumerate(itertools.pairwise([widths[0], *widths]))
+    )
+    ends = _conv_flops(side, 3, 3, widths[0]) + _conv_flops(grid, 1, top, cfg.latent_channels)
+    codebook = _conv_flops(grid, 1, cfg.latent_channels, cfg.codebook_size)
+    return levels + _blocks_flops(grid, 2, top, top) + ends + codebook
+
+
+def decode_flops(cfg: VQGANConfig, side: int) -> float:
+    """FLOPs of a square image from its token ids; arguments as in `encode_flops`."""
+    widths, grid, top = cfg.widths, side // cfg.patch, cfg.widths[-1]
+    levels = sum(
+        _blocks_flops(side // 2**depth, cfg.num_res_blocks, coarser, width)
+        + (_conv_flops(side // 2 ** (depth - 1), 3, width, width) if depth else 0.0)
+        for depth, (width, coarser) in enumerate(itertools.pairwise([*widths, top]))
+    )
+    ends = _conv_flops(grid, 3, cfg.latent_channels, top) + _conv_flops(side, 3, widths[0], 3)
+    return levels + _blocks_flops(grid, 2, top, top) + ends
+
+
+def _conv_flops(side: int, size: int, channels_in: int, channels_out: int) -> float:
+    return 2.0 * side**2 * size**2 * channels_in * channels_out
+
+
+def _blocks_flops(side: int, number: int, channels_in: int, channels_out: int) -> float:
+    """Residual blocks in a row, of which the first may change the width."""
+    shortcut = _conv_flops(side, 1, channels_out, channels_out) * (channels_in != channels_out)
+    same = (2 * number - 1) * _conv_flops(side, 3, channels_out, channels_out)
+    return _conv_flops(side, 3, channels_in, channels_out) + same + shortcut

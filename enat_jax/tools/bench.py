@@ -25,8 +25,7 @@ from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram, Layers, Output, abstract_params
 from enat_jax.sampling.sampler import Sampler
-from enat_jax.tokenizers.flops import decode_flops, encode_flops
-from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
+from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig, decode_flops, encode_flops
 from enat_jax.tools.compile import unknown_sizes
 from enat_jax.training.programs import Run
 

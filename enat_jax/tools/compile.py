@@ -17,7 +17,7 @@ import jax
 
 from enat_jax.config import Config
 from enat_jax.errors import UserError
-from enat_jax.files import written_whole
+from enat_jax.files import atomic
 from enat_jax.models.flops import generation_flops, training_flops
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
@@ -162,7 +162,7 @@ def compile_program(program: Program, folder: pathlib.Path) -> Report:
     else:
         answer = _ask_compiler(lowered, device.platform)
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(path, partial=f"{path.stem}.{program.name}.{os.getpid()}") as part:
+        with atomic(path, partial=f"{path.stem}.{program.name}.{os.getpid()}") as part:
             part.write_text(json.dumps(answer), encoding="utf-8")
     accelerator, memory = accelerator_of(device.device_kind), answer["memory"]
     fits = memory is not None and accelerator and memory["peak"] <= accelerator.memory

@@ -14,7 +14,7 @@ import numpy as np
 import tensorboardX
 from jaxtyping import UInt8
 
-from enat_jax.files import written_whole
+from enat_jax.files import atomic
 
 _FLUSH_SECONDS = 10  # how far TensorBoard's files may lag behind; they lose this much to a kill
 
@@ -94,7 +94,7 @@ def _keep_up_to(path: pathlib.Path, last_step: int) -> None:
     kept = [line for line in lines if _is_kept(line, last_step)]
     if kept == lines:
         return
-    with written_whole(path) as part, open(part, "wb") as file:
+    with atomic(path) as part, open(part, "wb") as file:
         file.writelines(kept)
 
 

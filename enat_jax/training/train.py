@@ -14,9 +14,8 @@ from enat_jax.checkpoints.store import Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_tokenizer
 from enat_jax.config import Config
 from enat_jax.config_file import ConfigError
-from enat_jax.data.batches import RecordInfo, record_info, training_batches
+from enat_jax.data.batches import RecordInfo, Share, record_info, training_batches
 from enat_jax.data.pictures import image_grid
-from enat_jax.data.stream import Share
 from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.sampler import Sampler

@@ -16,18 +16,18 @@ from jaxtyping import PyTree
 
 from enat_jax.checkpoints.resume import resume
 from enat_jax.checkpoints.store import Checkpoints
-from enat_jax.checkpoints.tokenizer import CHECKPOINTS, abstract_vqgan
+from enat_jax.checkpoints.tokenizer import CHECKPOINTS
 from enat_jax.config import TokenizerRunConfig
 from enat_jax.config_file import ConfigError
-from enat_jax.data.image_batches import Reader, image_batches
-from enat_jax.data.image_source import ImageSource, open_images
-from enat_jax.data.stream import Share
+from enat_jax.data.batches import Share
+from enat_jax.data.image_batches import image_batches
+from enat_jax.data.images import ImageSource, open_images
 from enat_jax.evaluation.lpips_weights import load_lpips
 from enat_jax.evaluation.reconstructions import Reconstructions, read_images
 from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.discriminator import Discriminator
-from enat_jax.tokenizers.vqgan import VQGAN
+from enat_jax.tokenizers.vqgan import VQGAN, abstract_vqgan
 from enat_jax.training.loop import (
     Log,
     Metrics,
@@ -117,20 +117,21 @@ def _train(
         f"training a VQGAN of {size / 1e6:.4g}M parameters on {source.summary}, steps {start} to"
         f" {cfg.steps}, on {placement.mesh.devices.size} x {jax.devices()[0].device_kind}"
     )
-    reader = Reader(
+    batches = image_batches(
         source,
+        Share(cfg.batch_size, placement.own_rows(cfg.batch_size), images),
         size=cfg.image_size,
         random_crops=cfg.random_crops,
         max_unreadable=config.images.max_unreadable,
+        seed=cfg.seed,
+        threads=config.images.read_threads,
         warn=say,
     )
-    share = Share(cfg.batch_size, placement.own_rows(cfg.batch_size), images)
-    threads = config.images.read_threads
     run_steps(
         _Steps(run, held_out, workdir, say),
         state,
         start,
-        image_batches(reader, len(source), share, seed=cfg.seed, threads=threads),
+        batches,
         placement.put(jax.random.key(cfg.seed)),
         cfg,
         workdir=workdir,

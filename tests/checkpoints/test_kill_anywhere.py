@@ -16,8 +16,7 @@ import pytest
 
 from enat_jax.checkpoints.store import Checkpoints
 from enat_jax.config import load_config
-from enat_jax.data.batches import record_info, training_batches
-from enat_jax.data.stream import Share, shuffled
+from enat_jax.data.batches import Share, record_info, shuffled, training_batches
 from enat_jax.parallel.placement import Placement
 from enat_jax.training.programs import Run
 

@@ -1,44 +1,19 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from enat_jax.data.image_batches import Reader, image_batches
-from enat_jax.data.image_source import ImageError, ImageSource, UnreadableImage
-from enat_jax.data.stream import Share
+from enat_jax.data.batches import Share
+from enat_jax.data.image_batches import image_batches, read_batches
+from enat_jax.errors import UserError
+from tests.support.images import numbered, png
 
 
-class Numbers(ImageSource):
-    """Images that show their number on the left, and how they were cropped on the right."""
-
-    def __init__(self, count, bad=()):
-        self.count, self.bad = count, bad
-
-    def __len__(self):
-        return self.count
-
-    def label(self, index):
-        return 0
-
-    def describe(self, index):
-        return f"number {index}"
-
-    def encoded(self, index):
-        return b""
-
-    def read(self, index, size, rng=None):
-        assert index in range(self.count)
-        if index in self.bad:
-            raise UnreadableImage(self.describe(index), "torn")
-        image = np.full((size, size, 3), index, np.uint8)
-        image[:, size // 2 :] = 200 if rng is None else rng.integers(201, 250)
-        return image
-
-
-def batches_of(source, *, batch_size=3, said=None, **options):
-    random_crops = options.pop("random_crops", False)
-    limit = options.pop("max_unreadable", 0.5)
-    warn = (said if said is not None else []).append
-    reader = Reader(source, size=4, random_crops=random_crops, max_unreadable=limit, warn=warn)
-    return image_batches(reader, len(source), Share(batch_size, **options), seed=5, threads=2)
+def batches_of(source, *, batch_size=3, log=None, random_crops=False, limit=0.5, **share):
+    warn = (log if log is not None else []).append
+    options = {"size": 4, "seed": 5, "threads": 2, "max_unreadable": limit, "warn": warn}
+    share = Share(batch_size, **share)
+    return image_batches(source, share, random_crops=random_crops, **options)
 
 
 def take(batches, count):
@@ -49,58 +24,95 @@ def numbers(images):
     return images.min(axis=(1, 2, 3)).tolist()
 
 
-def test_an_epoch_holds_every_image_once_and_the_next_in_another_order():
-    batches = batches_of(Numbers(12))
-    first, second = numbers(take(batches, 4)), numbers(take(batches, 4))
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first != second
+@pytest.fixture(scope="module")
+def noises():
+    """Images whose crops all differ."""
+    data = [png(seed) for seed in range(10)]
+    return replace(numbered(10), encoded=data.__getitem__)
 
 
-def test_images_are_mirrored_half_of_the_time():
-    images = take(batches_of(Numbers(30)), 40)
-    mirrored = images[:, 0, 0, 0] == 200
-    assert (images[~mirrored, 0, -1, 0] == 200).all()
-    assert 0.3 < mirrored.mean() < 0.7
+class TestTraining:
+    def test_an_epoch_holds_every_image_once_and_the_next_in_another_order(self):
+        batches = batches_of(numbered(12))
+        first, second = numbers(take(batches, 4)), numbers(take(batches, 4))
+        assert sorted(first) == sorted(second) == list(range(12))
+        assert first != second
+
+    @pytest.mark.parametrize("random_crops", [False, True])
+    def test_images_are_mirrored_half_of_the_time(self, random_crops):
+        images = take(batches_of(numbered(30), random_crops=random_crops), 40)
+        left, right = images[:, 0, 0, 0], images[:, 0, -1, 0]
+        mirrored = left > right
+        assert (np.where(mirrored, left, right) > 190).all()
+        assert 0.3 < mirrored.mean() < 0.7
+
+    @pytest.mark.parametrize(("random_crops", "ways"), [(True, 48), (False, 20)])
+    def test_crops_are_random_if_asked(self, noises, random_crops, ways):
+        images = take(batches_of(noises, random_crops=random_crops), 20)
+        distinct = len({image.tobytes() for image in images})
+        assert distinct >= ways if random_crops else distinct <= ways  # mirrored or not
+
+    def test_the_stream_goes_on_where_it_stopped(self, noises):
+        expected = take(batches_of(noises, random_crops=True), 8)[9:]
+        again = batches_of(noises, random_crops=True, first=9)
+        np.testing.assert_array_equal(take(again, 5), expected)
+
+    def test_processes_hold_the_rows_of_one_batch_cropped_alike(self, noises):
+        every, *parts = (
+            take(batches_of(noises, batch_size=4, random_crops=True, rows=rows), 4)
+            for rows in (None, np.array([0, 1]), np.array([2, 3]))
+        )
+        steps = [part.reshape(4, 2, 4, 4, 3) for part in parts]
+        np.testing.assert_array_equal(np.concatenate(steps, axis=1).reshape(every.shape), every)
+
+    def test_an_unreadable_image_is_named_once_and_the_next_one_taken(self):
+        logged = []
+        batches = batches_of(numbered(6, broken=(2, 5)), log=logged)
+        assert sorted(numbers(take(batches, 2))) == [0, 0, 1, 3, 3, 4]
+        take(batches, 2)
+        assert sorted(line.split(":")[0] for line in logged) == ["skipped 2", "skipped 5"]
+
+    def test_more_unreadable_images_than_allowed_stop_the_stream(self):
+        batches = batches_of(numbered(6, broken=(2, 3)), limit=0.2)
+        with pytest.raises(UserError, match=r"[23]: .*: 2 of 6 images .* = 0\.2 allows"):
+            take(batches, 4)
 
 
-def test_random_crops_are_drawn_by_the_source():
-    images = take(batches_of(Numbers(12), random_crops=True), 4)
-    assert len(np.unique(images[:, 0, -1, 0])) > 4
-    assert images[:, 0, -1, 0].min() > 200
+SPANS = [range(0, 4), range(4, 6), range(6, 10), range(10, 11)]
 
 
-def test_the_stream_goes_on_where_it_stopped():
-    expected = take(batches_of(Numbers(10), random_crops=True), 8)[9:]
-    again = batches_of(Numbers(10), random_crops=True, first=9)
-    np.testing.assert_array_equal(take(again, 5), expected)
+class TestInOrder:
+    def read(self, source, spans=SPANS):
+        return read_batches(source, spans, batch_size=4, size=2, threads=3)
 
+    def test_each_span_is_a_batch_of_one_shape(self):
+        batches = list(self.read(numbered(11)))
+        assert [batch.span for batch in batches] == SPANS
+        for batch in batches:
+            assert batch.images.shape == (4, 2, 2, 3)
+            expected = [*batch.span, 0, 0, 0][:4]
+            np.testing.assert_array_equal(batch.readable, np.arange(4) < len(batch.span))
+            np.testing.assert_array_equal(batch.images[:, 0, 0, 0], expected)
+            np.testing.assert_array_equal(batch.labels, np.array(expected) % 2)
+        assert list(self.read(numbered(11), [])) == []
 
-def test_hosts_hold_the_rows_of_one_batch_cropped_alike():
-    whole = take(batches_of(Numbers(8), batch_size=4, random_crops=True), 4)
-    rows = np.array([0, 1]), np.array([2, 3])
-    parts = [take(batches_of(Numbers(8), batch_size=4, random_crops=True, rows=own), 4)
-             for own in rows]  # fmt: skip
-    np.testing.assert_array_equal(
-        whole.reshape(4, 2, 2, 4, 4, 3)[:, 0].reshape(parts[0].shape), parts[0]
-    )
-    np.testing.assert_array_equal(
-        whole.reshape(4, 2, 2, 4, 4, 3)[:, 1].reshape(parts[1].shape), parts[1]
-    )
+    def test_what_is_unreadable_keeps_its_place(self):
+        first, second, *_ = self.read(numbered(11, broken=(1, 5)))
+        assert first.readable.tolist() == [True, False, True, True]
+        assert first.images[:, 0, 0, 0].tolist() == [0, 0, 2, 3]
+        assert second.readable.tolist() == [True, False, False, False]
+        assert [error.name for error in first.unreadable + second.unreadable] == ["1", "5"]
 
+    def test_threads_read_ahead_but_not_far(self):
+        asked = []
+        source = replace(numbered(400), encoded=lambda i: asked.append(i) or png(i))
+        stream = self.read(source, [range(i, i + 4) for i in range(0, 400, 4)])
+        next(stream), next(stream)
+        assert set(range(8)) <= set(asked) <= set(range(16))  # two in use, two ahead
 
-def test_an_unreadable_image_is_named_once_and_the_next_one_taken():
-    said = []
-    batches = batches_of(Numbers(6, bad=(2, 3)), said=said)
-    assert sorted(numbers(take(batches, 2))) == [0, 1, 4, 4, 4, 5]
-    take(batches, 2)
-    assert sorted(said) == ["skipped number 2: torn", "skipped number 3: torn"]
+    def test_an_image_without_a_class_stops(self):
+        def class_id(index):
+            raise UserError(f"{index} has no class")
 
-
-def test_the_last_image_is_followed_by_the_first():
-    assert 5 not in numbers(take(batches_of(Numbers(6, bad=(5,))), 4))
-
-
-def test_more_unreadable_images_than_allowed_stop_the_stream():
-    batches = batches_of(Numbers(6, bad=(2, 3)), max_unreadable=0.2)
-    with pytest.raises(ImageError, match=r"number [23]: torn: with it 2 of 6 .* = 0\.2 allows"):
-        take(batches, 4)
+        with pytest.raises(UserError, match="has no class"):
+            next(self.read(replace(numbered(11), class_id=class_id)))

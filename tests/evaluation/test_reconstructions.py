@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from enat_jax.data.image_source import ImageError, ImageSource, UnreadableImage
+from enat_jax.errors import UserError
 from enat_jax.evaluation import reconstructions as module
 from enat_jax.evaluation.frechet import frechet_distance
 from enat_jax.evaluation.reconstructions import Reconstructions, psnr, read_images, usage
 from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.support.fake_inception import FakeInception, gaussian
+from tests.support.images import numbered
 from tests.support.on_hosts import on_two_hosts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -95,37 +96,12 @@ def test_two_hosts_see_what_one_sees(split, tmp_path, monkeypatch):
         np.testing.assert_allclose(picture, expected_picture.astype(int), atol=1)
 
 
-class Numbers(ImageSource):
-    """Nine images that show their number; some are torn."""
-
-    name = "some images"
-
-    def __init__(self, bad):
-        self.bad = bad
-
-    def __len__(self):
-        return 9
-
-    def label(self, index):
-        return 0
-
-    def describe(self, index):
-        return f"number {index}"
-
-    def encoded(self, index):
-        return b""
-
-    def read(self, index, size, rng=None):
-        if index in self.bad:
-            raise UnreadableImage(self.describe(index), "torn")
-        return np.full((size, size, 3), index, np.uint8)
-
-
 def test_images_are_taken_evenly_and_unreadable_ones_left_out():
-    said = []
-    images = read_images(Numbers(bad=(4,)), 5, 2, warn=said.append)
+    warnings = []
+    images = read_images(numbered(9, broken=(4,)), 5, 8, warn=warnings.append)
     assert images[:, 0, 0, 0].tolist() == [0, 2, 6, 8]
-    assert said == ["skipped number 4: torn"]
-    assert len(read_images(Numbers(bad=()), 100, 2, warn=said.append)) == 9
-    with pytest.raises(ImageError, match="some images: no image is readable"):
-        read_images(Numbers(bad=range(9)), 5, 2, warn=said.append)
+    (warning,) = warnings
+    assert warning.startswith("skipped 4: ")
+    assert len(read_images(numbered(9), 100, 8, warn=warnings.append)) == 9
+    with pytest.raises(UserError, match="numbers: no image is readable"):
+        read_images(numbered(9, broken=range(9)), 5, 8, warn=warnings.append)

@@ -4,8 +4,7 @@ import pytest
 from PIL import Image
 
 from enat_jax.config import EvaluateConfig
-from enat_jax.data.crops import center_crop
-from enat_jax.data.image_source import ImageConfig
+from enat_jax.data.images import ImageConfig, center_crop
 from enat_jax.errors import UserError
 from enat_jax.evaluation import statistics as job
 from enat_jax.evaluation.statistics import read_reference, reference_statistics

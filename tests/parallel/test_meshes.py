@@ -23,9 +23,8 @@ import pathlib, sys
 import jax, numpy as np
 from enat_jax.parallel import hosts
 from enat_jax.config import load_config
-from enat_jax.data.batches import training_batches
+from enat_jax.data.batches import Share, training_batches
 from enat_jax.parallel.placement import Placement
-from enat_jax.data.stream import Share
 from enat_jax.training.programs import Run
 
 out, meshes, port, process = sys.argv[1], sys.argv[2].split(), sys.argv[3], int(sys.argv[4])

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 import enat_jax
-from enat_jax.checkpoints.tokenizer import abstract_tokenizer
 from enat_jax.config import Config, SampleConfig, TokenizerConfig
 from enat_jax.core.strategy import StrategyConfig
 from enat_jax.errors import UserError
 from enat_jax.models.enat.network import ENATConfig
 from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.sampling.program import GenerationProgram
-from enat_jax.tokenizers.vqgan import VQGANConfig
+from enat_jax.tokenizers.vqgan import VQGANConfig, VQGANTokenizer, abstract_vqgan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -28,10 +27,10 @@ SMALL = Config(
 )  # fmt: skip
 
 
-def small_program(placement=None, layers="auto", **tokenizer):
-    config = dataclasses.replace(SMALL, tokenizer=TokenizerConfig(grid=(2, 2), **tokenizer))
-    own = abstract_tokenizer(config.tokenizer, config.model.codebook_size)
-    return GenerationProgram(config, placement or Placement.of(MeshConfig()), own, layers=layers)
+def small_program(placement=None, layers="auto", tokenizer=None):
+    config = dataclasses.replace(SMALL, tokenizer=TokenizerConfig(grid=(2, 2)))
+    placement = placement or Placement.of(MeshConfig())
+    return GenerationProgram(config, placement, tokenizer, layers=layers)
 
 
 def test_the_described_program_is_the_one_that_samples(trained):
@@ -64,12 +63,10 @@ def test_weights_are_described_as_they_are_taken(layers):
     assert len(kernels) > (20 if layers == "unstacked" else 5)
 
 
-def test_shapes_alone_are_compiled_with_a_vqgan_that_is_not_there(monkeypatch):
+def test_shapes_alone_are_compiled_with_a_vqgan_that_is_not_there():
     small = VQGANConfig(channels=2, channel_multipliers=(1, 2), num_res_blocks=1,
-                        latent_channels=4, norm_groups=1)  # fmt: skip
-    monkeypatch.setattr("enat_jax.checkpoints.tokenizer.VQGANConfig", lambda **fields: small)
-    program = small_program(name="vqgan", weights="nothing/there")
-    assert program.tokenizer.codebook_size == 8  # the network's
+                        latent_channels=4, codebook_size=8, norm_groups=1)  # fmt: skip
+    program = small_program(tokenizer=VQGANTokenizer(small, abstract_vqgan(small)[1], digest=""))
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(program.params))
     compiled = program.lower(output="uint8").compile()
     (images,) = jax.tree.leaves(compiled.out_info)

@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from enat_jax.checkpoints.tokenizer import abstract_vqgan
 from enat_jax.models.import_table import apply_rules
 from enat_jax.tokenizers import vqgan
-from enat_jax.tokenizers.vqgan import VQGAN, Conv, GroupNorm, Level, ResBlock, VQGANConfig
+from enat_jax.tokenizers.vqgan import (
+    VQGAN,
+    Conv,
+    GroupNorm,
+    Level,
+    ResBlock,
+    VQGANConfig,
+    abstract_vqgan,
+    decode_flops,
+    encode_flops,
+)
 from enat_jax.tokenizers.vqgan_weights import rules, sizes_from_weights
 from tests.golden.vqgan.load_state import load_state
 from tests.support.golden import GOLDEN
@@ -206,13 +215,10 @@ def half(model):
 
 
 class TestBfloat16:
-    def test_parameters_and_results_stay_float32(self, half):
+    def test_pictures_stay_near_float32_and_are_float32(self, half, pictures, recorded):
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(half))} == {"float32"}
-        decoded = jax.eval_shape(lambda ids: half.decode(ids, (4, 4)), jnp.zeros((1, 16), int))
-        assert decoded.dtype == jnp.float32
-
-    def test_pictures_stay_near_float32(self, half, pictures, recorded):
         ours = jax.jit(half.decode, static_argnums=1)(recorded["indices"].reshape(2, 16), (4, 4))
+        assert ours.dtype == jnp.float32
         error = jnp.sqrt(jnp.mean((ours - pictures) ** 2)) / pictures.std()
         assert error < 0.05, "it was 0.036"
 
@@ -229,22 +235,40 @@ def test_the_defaults_are_the_published_sizes():
     assert sizes == {"encoder": 23775104, "decoder": 30478339, "codebook": 1024 * 256}
 
 
-def test_a_new_network_decodes_to_finite_pictures():
-    cfg = VQGANConfig(
-        channels=8,
-        channel_multipliers=(1, 2),
-        num_res_blocks=1,
-        latent_channels=4,
-        codebook_size=16,
-    )
+def test_a_new_network_tells_images_apart():
+    cfg = VQGANConfig(channels=4, channel_multipliers=(1, 2), num_res_blocks=1, latent_channels=4,
+                      codebook_size=16)  # fmt: skip
 
     @jax.jit
-    def reconstruct(key):
-        model = VQGAN(cfg, rngs=nnx.Rngs(key))
-        token_ids = model.encode(jax.random.uniform(key, (1, 8, 8, 3)))
-        return token_ids, model.decode(token_ids, (4, 4))
+    def encode(key):
+        return VQGAN(cfg, rngs=nnx.Rngs(key)).encode(jax.random.uniform(key, (1, 8, 8, 3)))
 
-    token_ids, picture = reconstruct(jax.random.key(0))
-    assert len(set(token_ids.ravel().tolist())) > 1
-    assert jnp.isfinite(picture).all()
-    assert picture.std() > 0
+    assert len(set(encode(jax.random.key(0)).ravel().tolist())) > 1
+
+
+class TestFlops:
+    # of a side at which the zeros around the image hardly count (the compiler leaves out products
+    # with them), and wide enough that norms and activations stay a few percent
+    CFG = VQGANConfig(channels=64, channel_multipliers=(1, 2, 3), num_res_blocks=1,
+                      latent_channels=256, codebook_size=512)  # fmt: skip
+    SIDE = 512
+
+    def counted(self, method, shape):
+        """FLOPs that the compiler counts in a method of the network."""
+        graphdef, params = abstract_vqgan(self.CFG)
+        run = jax.jit(lambda params, array: method(nnx.merge(graphdef, params), array))
+        return run.lower(params, shape).cost_analysis()["flops"]
+
+    def test_encoding_costs_what_the_compiler_counts(self):
+        images = jax.ShapeDtypeStruct((1, self.SIDE, self.SIDE, 3), jnp.float32)
+        expected = encode_flops(self.CFG, self.SIDE)
+        assert self.counted(VQGAN.encode, images) == pytest.approx(expected, rel=0.005)
+
+    def test_decoding_costs_what_the_compiler_counts(self):
+        side = self.SIDE // self.CFG.patch
+        token_ids = jax.ShapeDtypeStruct((1, side**2), jnp.int32)
+        count = self.counted(lambda model, ids: model.decode(ids, (side, side)), token_ids)
+        assert count == pytest.approx(decode_flops(self.CFG, self.SIDE), rel=0.005)
+
+    def test_the_published_decoder_costs_187_gflop_at_256_pixels(self):
+        assert decode_flops(VQGANConfig(), 256) == pytest.approx(187e9, rel=0.02)

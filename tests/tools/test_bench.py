@@ -4,7 +4,7 @@ import pytest
 
 from enat_jax.__main__ import main
 from enat_jax.tokenizers.config import VQGANConfig
-from enat_jax.tokenizers.flops import decode_flops, encode_flops
+from enat_jax.tokenizers.vqgan import decode_flops, encode_flops
 from enat_jax.tools import bench as bench_module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -16,7 +16,6 @@ from PIL import Image
 
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.config_file import ConfigError
-from enat_jax.data.batches import DataError
 from enat_jax.errors import UserError
 from enat_jax.models.flops import training_flops
 from enat_jax.parallel.accelerators import Accelerator
@@ -321,7 +320,7 @@ class TestRefusals:
             assert str(path) in str(caught.value)
 
     def test_an_empty_data_set_is_refused_before_anything_is_written(self, tiny_config, tmp_path):
-        with pytest.raises(DataError, match="the split is empty"):
+        with pytest.raises(UserError, match="the split is empty"):
             train(tiny_config("data.split=train[:0]"), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 

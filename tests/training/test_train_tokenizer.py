@@ -16,7 +16,7 @@ from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import load_vqgan
 from enat_jax.config import load_tokenizer_config
 from enat_jax.config_file import ConfigError
-from enat_jax.data.image_source import ImageError
+from enat_jax.errors import UserError
 from enat_jax.training.loop import TrainError
 from enat_jax.training.train_tokenizer import TokenizerRun, train_tokenizer
 
@@ -230,7 +230,7 @@ class TestRefusals:
         paint(tmp_path / "images", 2)
         (tmp_path / "images/red/0.png").write_bytes(b"no picture")
         config = tiny_config(f"images.folder={tmp_path / 'images'}", "images.max_unreadable=0.1")
-        with pytest.raises(ImageError, match=r"red/0.png: .* 1 of 4 images are unreadable"):
+        with pytest.raises(UserError, match=r"red/0.png: .* 1 of 4 images are unreadable"):
             train_tokenizer(config, tmp_path / "run", say=lambda line: None)
 
     def test_a_batch_that_devices_cannot_share_is_refused(self, tiny_config, monkeypatch):

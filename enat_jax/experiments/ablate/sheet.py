@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from enat_jax.data.pictures import image_grid, write_png
-from enat_jax.files import written_whole
+from enat_jax.files import atomic
 
 _TILES = "tiles"
 
@@ -17,7 +17,7 @@ def keep_tiles(folder: pathlib.Path, row: int, images: UInt8[np.ndarray, "k y x 
     """Keeps a row's images until the sheet is drawn, whole or not at all."""
     path = _tiles(folder, row)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as part, open(part, "wb") as file:
+    with atomic(path) as part, open(part, "wb") as file:
         np.save(file, images)
 
 

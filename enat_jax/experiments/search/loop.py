@@ -21,7 +21,7 @@ from enat_jax.experiments.search.log import EVALUATIONS, Log, Row, SearchError
 from enat_jax.experiments.search.optimisers import Optimiser, make_optimiser
 from enat_jax.experiments.search.parameters import Parameters
 from enat_jax.experiments.study_folder import open_study
-from enat_jax.files import written_whole
+from enat_jax.files import atomic
 from enat_jax.parallel.hosts import all_gather
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
 
@@ -228,7 +228,7 @@ class _Search:
         return np.where(np.isfinite(values), values, self._worst)
 
     def _write(self, numbers: Float[np.ndarray, " n"], path: pathlib.Path) -> None:
-        with written_whole(path) as part:
+        with atomic(path) as part:
             write_strategy(self._parameters.strategy(numbers, self._length), part)
 
     def _report(self, update: int, images: int, per_update: int) -> None:
