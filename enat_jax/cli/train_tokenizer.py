@@ -16,11 +16,10 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     """Does the job; returns the exit code."""
     host_flags.connect(args, listens=True)
     from enat_jax.parallel.compilation_cache import keep_compiled_programs
-    from enat_jax.parallel.hosts import speaker
     from enat_jax.training.tokenizer_config import load_tokenizer_config
     from enat_jax.training.train_tokenizer import train_tokenizer
 
     keep_compiled_programs()
     config = load_tokenizer_config(args.config, overrides)
-    train_tokenizer(config, args.workdir, say=speaker(print))
+    train_tokenizer(config, args.workdir)
     return 0

@@ -27,7 +27,7 @@ from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import Layers, Sampler
 from enat_jax.tokenizers.flops import decode_flops, encode_flops
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 
 _MATMUL = 2048
 _WHAT = ("sample", "train", "encode", "decode", "flops")
@@ -159,7 +159,7 @@ def _bench_sample(
 
 def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
     placement = Placement.of(config.mesh)
-    run = Run(config, placement)
+    run = TrainingPrograms(config, placement)
     batch = config.train.batch_size
     rng = np.random.default_rng(0)
     rows = placement.batch

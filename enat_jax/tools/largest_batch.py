@@ -10,7 +10,6 @@ from enat_jax.config import Config
 from enat_jax.parallel.accelerators import Accelerator
 from enat_jax.parallel.placement import Placement
 from enat_jax.tools.programs import Report, compile_program, programs
-from enat_jax.training.programs import images_per_round
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ def suggest(
         say: called with a line per compilation.
     """
     placement = Placement.of(config.mesh, devices)
-    unit = images_per_round(config, placement)
+    train = config.train
+    unit = placement.batch_shards * train.images_per_row * train.accumulation
     per_row = unit / placement.mesh.devices.size
     fits = []
     for left, remat in zip((3, 2, 1), ("none", "dots", "block"), strict=True):

@@ -20,7 +20,7 @@ from enat_jax.sampling.program import GenerationProgram
 from enat_jax.tools.compiler_answers import Memory, ask_compiler
 from enat_jax.tools.hlo import ProgramCounts, count_program
 from enat_jax.tools.roofline import Prediction, predict
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 
 KINDS = ("init", "train", "sample")
 
@@ -90,9 +90,9 @@ def programs(
     check(config, kinds)
     devices = list(placement.mesh.devices.flat)
     if "init" in kinds or "train" in kinds:
-        run = Run(config, placement)
+        run = TrainingPrograms(config, placement)
         if "init" in kinds:
-            yield Program("init", run.init.lower, 0.0, devices)
+            yield Program("init", run.initial_state.lower, 0.0, devices)
         if "train" in kinds:
             share = config.train.batch_size / placement.mesh.devices.size
             for number, plans in enumerate(run.plans):

@@ -26,7 +26,7 @@ from enat_jax.config import load_config
 from enat_jax.data.batches import training_batches
 from enat_jax.parallel.placement import Placement
 from enat_jax.data.stream import Share
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 
 out, meshes, port, process = sys.argv[1], sys.argv[2].split(), sys.argv[3], int(sys.argv[4])
 if port != "0":
@@ -38,7 +38,7 @@ for spec in meshes:
         f"mesh.placement={policy}"])
     devices = jax.devices()[: int(data) * int(fsdp) * int(tensor)]
     placement = Placement.of(config.mesh, devices)
-    run = Run(config, placement)
+    run = TrainingPrograms(config, placement)
     batches = training_batches(config.data, Share(16, placement.own_rows(16)), seed=0)
     state, key = run.initial_state(), placement.put(jax.random.key(0))
     losses = []

@@ -23,7 +23,7 @@ from enat_jax.parallel.accelerators import Accelerator
 from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.training import programs as run_module
 from enat_jax.training.loop import TrainError
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 from enat_jax.training.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -70,7 +70,7 @@ def losses(workdir):
 def watch(monkeypatch, *, kill_after=None):
     """Records the batches a run sees; raises in place of a step if asked to."""
     seen = {}
-    step = Run.step
+    step = TrainingPrograms.step
 
     def watched(self, index, state, batch, key):
         if index == kill_after:
@@ -78,7 +78,7 @@ def watch(monkeypatch, *, kill_after=None):
         seen[index] = {name: np.array(value) for name, value in batch.items()}
         return step(self, index, state, batch, key)
 
-    monkeypatch.setattr(Run, "step", watched)
+    monkeypatch.setattr(TrainingPrograms, "step", watched)
     return seen
 
 
@@ -179,7 +179,7 @@ class TestLogs:
             assert 0 <= line["data_wait"] <= 1
 
     def test_the_rate_of_learning_is_the_last_steps(self, trained, tiny_config):
-        schedule = Run(tiny_config(), Placement.of(MeshConfig())).schedule
+        schedule = TrainingPrograms(tiny_config(), Placement.of(MeshConfig())).schedule
         lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
         assert [line["learning_rate"] for line in lines] == [float(schedule(1)), float(schedule(3))]
 
@@ -190,14 +190,14 @@ class TestLogs:
         assert pairs[4] == pytest.approx((each[3] + each[4]) / 2, rel=1e-6)
 
     def test_flops_are_images_times_the_formula(self, tiny_config):
-        run = Run(tiny_config(), Placement.of(MeshConfig()))
+        run = TrainingPrograms(tiny_config(), Placement.of(MeshConfig()))
         found = run.summary(4, images_per_second=1e12)
         flops = np.mean([training_flops(run.config.model, plans) for plans in run.plans])
         assert found["teraflops_per_second"] == pytest.approx(flops)
         assert "mfu" not in found  # nobody specifies a CPU's peak
 
     def test_mfu_is_the_rate_over_all_devices_peak(self, tiny_config, monkeypatch):
-        run = Run(tiny_config(), Placement.of(MeshConfig()))
+        run = TrainingPrograms(tiny_config(), Placement.of(MeshConfig()))
         card = Accelerator("card", ("cpu",), 8e12, 1, 1.0, 1.0)
         monkeypatch.setattr(run_module, "accelerator_of", {"cpu": card}.get)
         found = run.summary(4, images_per_second=1e3)
@@ -240,7 +240,7 @@ def test_the_loss_goes_down(tiny_config, tmp_path):
 class TestNotFinite:
     def poison(self, monkeypatch, steps):
         """Makes the parameters of some steps, counted from 1, give no finite loss."""
-        step = Run.step
+        step = TrainingPrograms.step
 
         def poisoned(self, index, state, batch, key):
             if index + 1 not in steps:
@@ -254,7 +254,7 @@ class TestNotFinite:
             assert after.step == before.step + 1
             return before._replace(step=after.step), metrics
 
-        monkeypatch.setattr(Run, "step", poisoned)
+        monkeypatch.setattr(TrainingPrograms, "step", poisoned)
 
     def test_a_step_that_is_not_finite_is_said_counted_and_not_applied(
         self, tiny_config, tmp_path, monkeypatch
@@ -344,19 +344,19 @@ class TestRefusals:
     def test_a_batch_that_the_devices_cannot_share_is_refused(self, tiny_config):
         placement = Placement.of(MeshConfig(), jax.devices()[:1] * 3)
         with pytest.raises(ConfigError, match="batch_size = 8 must be a multiple of 6: 3 devices"):
-            Run(tiny_config(), placement)
+            TrainingPrograms(tiny_config(), placement)
 
     def test_heads_that_the_devices_cannot_share_are_refused(self, tiny_config):
         placement = Placement.of(MeshConfig(tensor=4), jax.devices()[:1] * 4)
         message = r"config: mesh\.tensor = 4 must divide model\.num_heads = 2"
         with pytest.raises(UserError, match=message):
-            Run(tiny_config(), placement)
+            TrainingPrograms(tiny_config(), placement)
 
 
 class TestPrograms:
     @pytest.fixture
     def run(self, tiny_config):
-        return Run(tiny_config("train.programs=4"), Placement.of(MeshConfig()))
+        return TrainingPrograms(tiny_config("train.programs=4"), Placement.of(MeshConfig()))
 
     def test_every_program_runs_once_in_each_cycle(self, run):
         drawn = np.array([run.program(step) for step in range(400)]).reshape(100, 4)
@@ -364,8 +364,10 @@ class TestPrograms:
         assert len({tuple(cycle) for cycle in drawn.tolist()}) > 12  # in ever other orders
 
     def test_what_a_step_runs_depends_on_seed_and_step_alone(self, run, tiny_config):
-        again = Run(tiny_config("train.programs=4"), Placement.of(MeshConfig()))
-        other = Run(tiny_config("train.programs=4", "train.seed=1"), Placement.of(MeshConfig()))
+        again = TrainingPrograms(tiny_config("train.programs=4"), Placement.of(MeshConfig()))
+        other = TrainingPrograms(
+            tiny_config("train.programs=4", "train.seed=1"), Placement.of(MeshConfig())
+        )
         steps = [397, 3, 12, 5, 0, 1000000]  # as after a resumption, in any order
         drawn = [run.program(step) for step in steps]
         assert [again.program(step) for step in steps] == drawn
@@ -382,7 +384,7 @@ class TestPrograms:
 
 
 def test_the_first_state_depends_on_the_seed_alone(tiny_config):
-    states = [Run(tiny_config(f"train.seed={seed}"), Placement.of(MeshConfig())).initial_state()
+    states = [TrainingPrograms(tiny_config(f"train.seed={seed}"), Placement.of(MeshConfig())).initial_state()
               for seed in (0, 0, 1)]  # fmt: skip
     first, again, other = (jax.tree.leaves(state.params) for state in states)
     for a, b in zip(first, again, strict=True):

@@ -169,7 +169,7 @@ def test_every_large_parameter_is_shared_out_and_no_stack_cut_between_blocks(par
 
 STEPS = """
 from enat_jax.config import load_config
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 from enat_jax.parallel.placement import MeshConfig, Placement
 assert jax.device_count() == 8
 config = load_config("configs/digits_autonat.py", [
@@ -181,7 +181,7 @@ batch = {"token_ids": rng.integers(17, size=(8, 64), dtype=np.int32),
 losses = []
 for sizes in ((1, 1, 1), (2, 2, 2)):
     devices = jax.devices()[: np.prod(sizes)]
-    run = Run(config, Placement.of(MeshConfig(*sizes), devices))
+    run = TrainingPrograms(config, Placement.of(MeshConfig(*sizes), devices))
     state = run.initial_state()
     kernel = state.params["outward"]["query_key_value"]["kernel"][...]
     shard = kernel.addressable_shards[0].data.shape
