@@ -128,11 +128,19 @@ def vqgan_loss(
     return loss, Outcome(terms, latents, token_ids, reconstruction)
 
 
+def some_latents(
+    latents: Float[Array, "b v u c"], count: int, key: jax.Array
+) -> Float[Array, "k c"]:
+    """So many of the encoder's outputs, each at most once if there are enough."""
+    points = rearrange(latents, "b v u c -> (b v u) c")
+    return points[jax.random.choice(key, len(points), (count,), replace=count > len(points))]
+
+
 def initial_codebook(
     latents: Float[Array, "b v u c"], size: int, key: jax.Array
 ) -> Float[Array, "k c"]:
     """A codebook that covers the encoder's outputs: some of them, moved by Lloyd's algorithm."""
-    points = rearrange(latents, "b v u c -> (b v u) c").astype(jnp.float32)
+    points = rearrange(latents, "b v u c -> (b v u) c")
 
     def move(codes: Array, _: None) -> tuple[Array, None]:
         products = jnp.einsum("nc,kc->nk", points, codes, precision=jax.lax.Precision.HIGHEST)
@@ -141,28 +149,17 @@ def initial_codebook(
         means = jax.ops.segment_sum(points, nearest, size) / jnp.maximum(counts, 1)[:, None]
         return jnp.where(counts[:, None] > 0, means, codes), None
 
-    return jax.lax.scan(move, _some(points, size, key), None, length=_ROUNDS)[0]
+    return jax.lax.scan(move, some_latents(latents, size, key), None, length=_ROUNDS)[0]
 
 
-def restart_codes(
-    idle: Int32[Array, " k"],
-    token_ids: Int32[Array, "b v u"],
-    latents: Float[Array, "b v u c"],
-    key: jax.Array,
-    *,
-    after: int,
-) -> tuple[Int32[Array, " k"], Bool[Array, " k"], Float[Array, "k c"]]:
-    """Which codes no token used for `after` steps, and an output of the encoder for each code.
-
-    Returns:
-        Steps since each code was last used (0 for one that starts anew); which ones start anew;
-        and what they start from, of which only those rows are meant.
-    """
+def find_idle(
+    idle: Int32[Array, " k"], token_ids: Int32[Array, "b v u"], *, after: int
+) -> tuple[Int32[Array, " k"], Bool[Array, " k"]]:
+    """Steps since each code was last used, and which codes start anew: after so many, if not 0."""
     used = jnp.zeros(len(idle), bool).at[token_ids.reshape(-1)].set(True)
     idle = jnp.where(used, 0, idle + 1)
     dead = idle >= after if after else jnp.zeros_like(used)
-    points = rearrange(latents, "b v u c -> (b v u) c")
-    return jnp.where(dead, 0, idle), dead, _some(points, len(idle), key)
+    return jnp.where(dead, 0, idle), dead
 
 
 def perplexity(token_ids: Int32[Array, "b v u"], size: int) -> Float[Array, ""]:
@@ -176,7 +173,7 @@ def codebook_from_images(
 ) -> TokenizerState:
     """The state with a codebook that covers what the encoder makes of images."""
     model = nnx.merge(graphdef, state.params)
-    latents = model.encoder(images / jnp.float32(255))
+    latents = model.encoder(images / jnp.float32(255)).astype(jnp.float32)
     codebook = initial_codebook(latents, model.cfg.codebook_size, jax.random.fold_in(key, 0))
     return _with_codebook(state, lambda _: codebook)
 
@@ -196,25 +193,15 @@ def tokenizer_step(
     ema_decay: float,
     placement: Any = UNPLACED,
 ) -> tuple[TokenizerState, dict[str, Float[Array, ""]]]:
-    """One optimiser step; jit it with everything after `lpips` static.
+    """One optimiser step on a batch; jit it with everything after `lpips` static.
 
     A step whose losses or gradient are not finite changes nothing but the count of steps.
     The codebook learns by gradient, like the rest. The VQGAN is judged by the discriminator as it
     was before the step, and that learns from the same images.
 
-    Args:
-        state: before the step.
-        images: a batch.
-        key: the run's key; the step's own is folded in from `state.step`.
-        lpips: parameters of the perceptual distance, None without one.
-        quantised: whether the codebook takes part.
-        adversarial: whether the discriminator does.
-        networks: all that a run has.
-        optimizer: the VQGAN's.
-        discriminator_optimizer: the discriminator's.
-        cfg: the losses.
-        ema_decay: of the parameters' EMA.
-        placement: where weights and gradients lie.
+    `key` is the run's: the step's own is folded in from `state.step`. `lpips` are the parameters
+    of the perceptual distance, None without one. `quantised` and `adversarial` tell whether the
+    codebook and the discriminator take part.
 
     Returns:
         The state after the step; its losses, gradient norm, use of the codebook, and 1 if it was
@@ -261,13 +248,9 @@ def tokenizer_step(
     finite = list(metrics.values())
     metrics |= outcome.terms
     if quantised:
-        idle, dead, fresh = restart_codes(
-            state.codes["idle"],
-            outcome.token_ids,
-            outcome.latents,
-            jax.random.fold_in(key, after.step),  # from 1 here: 0 is the first codebook's
-            after=cfg.restart_after,
-        )
+        idle, dead = find_idle(state.codes["idle"], outcome.token_ids, after=cfg.restart_after)
+        key = jax.random.fold_in(key, after.step)  # from 1 here: 0 is the first codebook's
+        fresh = some_latents(outcome.latents, len(idle), key)
         # The EMA would drag a new code behind it: it starts there as well.
         after = _with_codebook(after, lambda codes: jnp.where(dead[:, None], fresh, codes))
         after = after._replace(codes={"idle": idle})
@@ -275,11 +258,6 @@ def tokenizer_step(
         metrics["restarted_codes"] = jnp.sum(dead).astype(jnp.float32)
     after, metrics["skipped"] = skip_unless_finite(state, after, *finite)
     return after, metrics
-
-
-def _some(points: Float[Array, "n c"], count: int, key: jax.Array) -> Float[Array, "k c"]:
-    """So many of some points, each at most once if there are enough."""
-    return points[jax.random.choice(key, len(points), (count,), replace=count > len(points))]
 
 
 def _with_codebook(state: TokenizerState, change: Callable[[Array], Array]) -> TokenizerState:

@@ -23,7 +23,7 @@ from tests.support.recorded_autonat import (
     recorded_weights,
     torch_arrays,
 )
-from tests.training.test_train import Killed, assert_same, losses, saved, watch
+from tests.support.runs import Killed, assert_same, losses, saved, watch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -111,7 +111,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
         train(config(), tmp_path)
     monkeypatch.undo()
     said = []
-    train(config(), tmp_path, say=said.append)
+    train(config(), tmp_path, log=said.append)
     assert said[0] == "resuming from step 2"
     assert_same(saved(tmp_path), saved(finished))
     assert losses(tmp_path) == losses(finished)
