@@ -15,10 +15,9 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     host_flags.connect(args, listens=True)
     from enat_jax.config import load_tokenizer_config
     from enat_jax.parallel.compilation import keep_compiled_programs
-    from enat_jax.parallel.hosts import primary_only
     from enat_jax.training.train_tokenizer import train_tokenizer
 
     keep_compiled_programs()
     config = load_tokenizer_config(args.config, overrides)
-    train_tokenizer(config, args.workdir, say=primary_only(print))
+    train_tokenizer(config, args.workdir)
     return 0

@@ -27,7 +27,7 @@ from enat_jax.sampling.program import GenerationProgram, Layers, Output, abstrac
 from enat_jax.sampling.sampler import Sampler
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig, decode_flops, encode_flops
 from enat_jax.tools.compile import unknown_sizes
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 
 _MATMUL = 2048
 _WHAT = ("sample", "train", "encode", "decode", "flops")
@@ -125,7 +125,7 @@ def _count_flops(config: Config) -> dict[str, Any]:
 
 
 def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
-    run = Run(config, Placement.of(config.mesh))
+    run = TrainingPrograms(config, Placement.of(config.mesh))
     rng, batch = np.random.default_rng(0), config.train.batch_size
     limits = (config.model.codebook_size, config.model.num_classes)
     data = [

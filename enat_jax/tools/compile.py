@@ -22,7 +22,7 @@ from enat_jax.models.flops import generation_flops, training_flops
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram
-from enat_jax.training.programs import Run, images_per_round
+from enat_jax.training.programs import TrainingPrograms
 
 KINDS = ("init", "train", "sample")
 HEADER = "program fits |  GiB: args outputs    temp    peak | TFLOP by formula | compile s"
@@ -119,9 +119,9 @@ def programs(
         raise UserError("; ".join(problems))
     devices = list(placement.mesh.devices.flat)
     if "init" in kinds or "train" in kinds:
-        run = Run(config, placement)
+        run = TrainingPrograms(config, placement)
         if "init" in kinds:
-            yield Program("init", run.init.lower, 0.0, devices)
+            yield Program("init", run.initial_state.lower, 0.0, devices)
         if "train" in kinds:
             share = config.train.batch_size / len(devices)
             for number, plans in enumerate(run.plans[:1] if only_first else run.plans):
@@ -229,7 +229,8 @@ def suggest(
         log: called with a line per compilation, and the advice.
     """
     placement = Placement.of(config.mesh, devices)
-    unit = images_per_round(config, placement)
+    cfg = config.train
+    unit = placement.batch_shards * cfg.images_per_row * cfg.accumulation
     start, fits = max(config.train.batch_size // unit, 1), []
     for remat in ("none", "dots", "block"):
         asked: list[int] = []

@@ -1,7 +1,5 @@
 """Where a run's numbers go: JSON lines and TensorBoard events."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -45,8 +43,7 @@ class MetricLog:
         now = time.time()
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        line = json.dumps({"step": step, "time": round(now, 3), **finite}, allow_nan=False)
-        self._lines.write(line + "\n")
+        self._lines.write(json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n")
         for name, value in numbers.items():
             self._events.add_scalar(name, value, step, walltime=now)
 
@@ -54,52 +51,23 @@ class MetricLog:
         """Shows an image in TensorBoard."""
         self._events.add_image(name, image, step, dataformats="HWC")
 
-    def flush(self) -> None:
-        """Hurries TensorBoard's writer, whose queue is on disk seconds later; lines are already."""
-        self._events.flush()
-
     def close(self) -> None:
         """Writes what is still under way and closes the files."""
         self._lines.close()
         self._events.close()
 
-    def __enter__(self) -> MetricLog:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class NoLog:
-    """Takes what a `MetricLog` takes and keeps nothing: the log of the hosts that write none."""
-
-    def scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Drops them."""
-
-    def image(self, step: int, name: str, image: UInt8[np.ndarray, "y x 3"]) -> None:
-        """Drops it."""
-
-    def __enter__(self) -> NoLog:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
 
 def _keep_up_to(path: pathlib.Path, last_step: int) -> None:
     """Drops the lines of steps after `last_step`, and one a killed process left half-written."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _is_kept(line, last_step)]
-    if kept == lines:
-        return
-    with atomic(path) as part, open(part, "wb") as file:
-        file.writelines(kept)
 
+    def is_kept(line: bytes) -> bool:
+        try:
+            return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+        except ValueError:
+            return False
 
-def _is_kept(line: bytes, last_step: int) -> bool:
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
-    except ValueError:
-        return False
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if is_kept(line)]
+    if kept != lines:
+        with atomic(path) as part:
+            part.write_bytes(b"".join(kept))

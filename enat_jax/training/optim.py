@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with linear warm-up, and the moving average of its parameters."""
+"""The optimiser: AdamW with linear warm-up, and the moving average of its parameters (EMA)."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -40,7 +40,7 @@ def make_optimizer(
 
 def update_ema(ema: Any, params: Any, decay: float) -> Any:
     """`decay * ema + (1 - decay) * params`, leaf by leaf."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+    return optax.incremental_update(params, ema, 1 - decay)
 
 
 def skip_unless_finite(before: State, after: State, *values: Array) -> tuple[State, Array]:
@@ -49,11 +49,11 @@ def skip_unless_finite(before: State, after: State, *values: Array) -> tuple[Sta
     Args:
         before: a state with a `step`.
         after: the state after the step.
-        values: that tell whether the step is sound: losses and gradient norms.
+        values: losses and gradient norms.
 
     Returns:
         The state, and 1.0 where the step was skipped, else 0.0.
     """
-    sound = jnp.all(jnp.isfinite(jnp.stack(values)))
-    kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
-    return kept._replace(step=after.step), 1.0 - sound.astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(jnp.stack(values)))
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    return kept._replace(step=after.step), 1.0 - finite.astype(jnp.float32)

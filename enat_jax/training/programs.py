@@ -1,42 +1,113 @@
-"""The compiled side of a training run: its programs, and where their arrays lie."""
+"""The compiled programs of a training run, and where their arrays lie."""
 
+import abc
 import functools
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jaxtyping import UInt8
 
 from enat_jax.config import Config
-from enat_jax.config_file import ConfigError
 from enat_jax.core.plans import training_plans
+from enat_jax.data.pictures import image_grid
+from enat_jax.errors import UserError
 from enat_jax.models.flops import training_flops
-from enat_jax.models.networks import abstract_params, make_network
+from enat_jax.models.networks import make_network
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
+from enat_jax.sampling.sampler import Sampler
+from enat_jax.tokenizers.protocol import Tokenizer
 from enat_jax.training.optim import learning_rate_schedule, make_optimizer
 from enat_jax.training.step import StepConfig, TrainState, training_step
 
+_GRID_CLASSES = 10  # a sample grid shows this many classes, so many images each
+Metrics = Mapping[str, jax.Array]
+Shown = tuple[UInt8[np.ndarray, "y x 3"], Mapping[str, float]]  # a picture, and its scores
 
-class Run:
-    """A training run's programs, and where their arrays lie.
+
+class Programs(abc.ABC):
+    """What a kind of network does in a run, compiled.
+
+    Its state is a NamedTuple of `step`, `params` and whatever else a checkpoint holds, trees or
+    None. Nothing is allocated before `initial_state()`, so the devices need not be there.
+
+    Args:
+        config: of the run, with sections `optim` and `train`.
+        placement: of the devices to train on.
+        images: on each of these in a step, or a multiple.
+
+    Attributes:
+        abstract: the state's shapes.
+        sharding: where its leaves lie.
+        initial_state: makes it, from the config's seed.
+
+    Raises:
+        UserError: a batch that does not divide over the devices.
+    """
+
+    def __init__(self, config: Any, placement: Placement, images: int = 1):
+        unit, batch_size = placement.batch_shards * images, config.train.batch_size
+        if batch_size % unit:
+            raise UserError(
+                f"config: train.batch_size = {batch_size} must be a multiple of {unit}:"
+                f" {placement.batch_shards} devices x {images} images each"
+            )
+        self.config, self.placement = config, placement
+        self.schedule = learning_rate_schedule(config.optim, config.train.steps)
+        self.optimizer = make_optimizer(config.optim, self.schedule)
+        self.abstract = jax.eval_shape(self._first_state)
+        self.sharding = self.abstract._replace(**placement.state(self.abstract._asdict()))
+        self.initial_state = jax.jit(self._first_state, out_shardings=self.sharding)
+
+    @abc.abstractmethod
+    def _first_state(self) -> Any:
+        """The state before the first step."""
+
+    @abc.abstractmethod
+    def step(self, step: int, state: Any, batch: Any, key: jax.Array) -> tuple[Any, Metrics]:
+        """One step, counted from 0, on this host's rows of a batch.
+
+        Its metrics are `loss`, `grad_norm`, `skipped`, and the network's own.
+        """
+
+    @abc.abstractmethod
+    def show(self, state: Any) -> Shown | None:
+        """A picture of what has been learnt, and its scores; None shows nothing."""
+
+    def summary(self, done: int, images_per_second: float) -> dict[str, float]:
+        """What is logged after so many steps besides their metrics: the learning rate."""
+        return {"learning_rate": float(self.schedule(done - 1))}
+
+
+class TrainingPrograms(Programs):
+    """The programs of ENAT and AutoNAT, one for each row of training plans.
 
     Args:
         config: the experiment; its numbers of classes and codes are known.
-        placement: on devices that need not be there.
+        placement: of the devices to train on.
+        tokenizer: decodes what a run shows; None shows nothing.
+        class_names: for that; numbers by default.
 
     Raises:
-        ConfigError: a batch or attention heads that do not divide over the mesh.
+        UserError: a batch or attention heads that do not divide over the mesh.
     """
 
-    def __init__(self, config: Config, placement: Placement):
+    def __init__(
+        self,
+        config: Config,
+        placement: Placement,
+        tokenizer: Tokenizer | None = None,
+        class_names: Sequence[str] = (),
+    ):
+        placement.check_heads(config.model.num_heads)
         cfg = config.train
-        _check(config, placement)
-        self.config, self.placement = config, placement
-        self.schedule = learning_rate_schedule(config.optim, cfg.steps)
-        self.optimizer = make_optimizer(config.optim, self.schedule)
+        super().__init__(config, placement, cfg.images_per_row * cfg.accumulation)
+        self._tokenizer, self._class_names = tokenizer, class_names
+        self._sampler: Sampler | None = None
         self.plans = training_plans(
             config.model.length,
             programs=cfg.programs,
@@ -45,68 +116,52 @@ class Run:
             reuse_probability=cfg.reuse_probability,
             seed=cfg.seed,
         )
-        _, abstract = abstract_params(config.model)
-        self.abstract = jax.eval_shape(self._from_params, abstract)
-        parts = self.abstract._asdict()
-        del parts["step"]
-        self.sharding = TrainState(step=cast(Any, placement.replicated), **placement.state(parts))
-        graphdef, _ = nnx.split(
-            nnx.eval_shape(
-                lambda: make_network(config.model, rngs=nnx.Rngs(0), placement=placement)
-            )
+        step = functools.partial(
+            training_step,
+            graphdef=nnx.graphdef(nnx.eval_shape(lambda: self._network(placement=placement))),
+            optimizer=self.optimizer,
+            cfg=StepConfig(
+                class_dropout=cfg.class_dropout,
+                label_smoothing=cfg.label_smoothing,
+                mean_over=cfg.mean_over,
+                ema_decay=config.optim.ema_decay,
+                accumulation=cfg.accumulation,
+            ),
+            placement=placement,
         )
-        step_cfg = StepConfig(
-            class_dropout=cfg.class_dropout,
-            label_smoothing=cfg.label_smoothing,
-            mean_over=cfg.mean_over,
-            ema_decay=config.optim.ema_decay,
-            accumulation=cfg.accumulation,
-        )
-        batch, whole = placement.batch, placement.replicated
-        self.init = jax.jit(self._initial, out_shardings=self.sharding)
+        batch, replicated = placement.batch, placement.replicated
         self.programs = [
             jax.jit(
-                functools.partial(
-                    training_step,
-                    graphdef=graphdef,
-                    optimizer=self.optimizer,
-                    plans=plans,
-                    cfg=step_cfg,
-                    placement=placement,
-                ),
-                in_shardings=(self.sharding, batch, batch, whole),
-                out_shardings=(self.sharding, whole),
+                functools.partial(step, plans=plans),
+                in_shardings=(self.sharding, batch, batch, replicated),
+                out_shardings=(self.sharding, replicated),
                 donate_argnums=0,
             )
             for plans in self.plans
         ]
 
-    def _from_params(self, params: nnx.State) -> TrainState:
+    def _network(self, **placement: Placement) -> Any:
+        cfg = self.config
+        return make_network(cfg.model, rngs=nnx.Rngs(cfg.train.seed), **placement)
+
+    def _first_state(self) -> TrainState:
+        params = nnx.split(self._network(), nnx.Param)[1]
         ema = jax.tree.map(jnp.copy, params)
         return TrainState(jnp.int32(0), params, ema, self.optimizer.init(params))
-
-    def _initial(self) -> TrainState:
-        model = make_network(self.config.model, rngs=nnx.Rngs(self.config.train.seed))
-        return self._from_params(nnx.split(model, nnx.Param)[1])
-
-    def initial_state(self) -> TrainState:
-        """Fresh parameters from the config's seed, placed on the mesh."""
-        return self.init()
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """What the programs take, by shape and place: state, token ids, class ids, key."""
 
-        def at(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        def at(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        count, batch = self.config.train.batch_size, self.placement.batch
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        tokens = np.empty((self.config.train.batch_size, self.config.model.length), np.int32)
         return (
             jax.tree.map(at, self.abstract, self.sharding),
-            jax.ShapeDtypeStruct((count, self.config.model.length), jnp.int32, sharding=batch),
-            jax.ShapeDtypeStruct((count,), jnp.int32, sharding=batch),
-            at(key, self.placement.replicated),
+            at(tokens, self.placement.batch),
+            at(tokens[:, 0], self.placement.batch),
+            at(jax.eval_shape(lambda: jax.random.key(0)), self.placement.replicated),
         )
 
     def program(self, step: int) -> int:
@@ -118,7 +173,7 @@ class Run:
     def step(
         self, step: int, state: TrainState, batch: dict[str, np.ndarray], key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimiser step on this host's rows of the batch."""
+        """One optimiser step; the batch holds `token_ids` and `class_ids`."""
         count = self.config.train.batch_size
         tokens, classes = (
             self.placement.put_batch(batch[name], count) for name in ("token_ids", "class_ids")
@@ -126,35 +181,30 @@ class Run:
         return self.programs[self.program(step)](state, tokens, classes, key)
 
     def summary(self, done: int, images_per_second: float) -> dict[str, float]:
-        """The learning rate, and the FLOP rate by formula, as a share of the devices' where known.
-
-        Args:
-            done: steps.
-            images_per_second: over all devices.
-        """
+        """The learning rate; the FLOP rate by formula, and its share of the devices' if known."""
         flops = np.mean([training_flops(self.config.model, plans) for plans in self.plans])
         rate = images_per_second * float(flops)
-        values = {
-            "learning_rate": float(self.schedule(done - 1)),
-            "teraflops_per_second": rate / 1e12,
-        }
+        values = super().summary(done, images_per_second) | {"teraflops_per_second": rate / 1e12}
         accelerator = accelerator_of(self.placement.mesh.devices.flat[0].device_kind)
         if accelerator is not None:
             values["mfu"] = rate / (accelerator.flops * self.placement.mesh.devices.size)
         return values
 
-
-def images_per_round(config: Config, placement: Placement) -> int:
-    """Images of a batch in which every device has one row per microbatch."""
-    return placement.batch_shards * config.train.images_per_row * config.train.accumulation
-
-
-def _check(config: Config, placement: Placement) -> None:
-    placement.check_heads(config.model.num_heads)
-    cfg, unit = config.train, images_per_round(config, placement)
-    if cfg.batch_size % unit:
-        raise ConfigError(
-            f"config: train.batch_size = {cfg.batch_size} must be a multiple of {unit}:"
-            f" {placement.batch_shards} devices x {cfg.images_per_row} images a row x"
-            f" {cfg.accumulation} microbatches"
-        )
+    def show(self, state: TrainState) -> Shown | None:
+        """A grid of what the EMA generates of some classes; None without a tokenizer."""
+        if self._tokenizer is None:
+            return None
+        if self._sampler is None:
+            self._sampler = Sampler(
+                self.config,
+                state.ema,
+                class_names=self._class_names,
+                tokenizer=self._tokenizer,
+                placement=self.placement,
+            )
+        else:
+            self._sampler.update(state.ema)
+        shown = min(self.config.model.num_classes, _GRID_CLASSES)
+        classes = np.repeat(np.arange(shown), _GRID_CLASSES)
+        names = [self._sampler.class_names[c] for c in classes]
+        return image_grid(self._sampler.sample(classes), names), {}

@@ -1,6 +1,7 @@
 """One optimiser step of a VQGAN's training, with its losses and the care of its codebook."""
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +22,14 @@ _ROUNDS = 8  # of Lloyd's algorithm for the first codebook
 class TokenizerState(NamedTuple):
     """Everything a run changes, besides its position in the data.
 
-    Attributes:
-        step: optimiser steps done.
-        params: of the VQGAN.
-        ema: their moving average.
-        opt_state: of their optimiser.
-        idle: steps since each code was last used.
-        discriminator: its parameters, None without one.
-        discriminator_opt_state: of its own optimiser.
+    `codes` holds `idle`: the steps since each code was last used.
     """
 
     step: Int[Array, ""]
     params: nnx.State
     ema: nnx.State
     opt_state: Any
-    idle: Int32[Array, " k"]
+    codes: dict[str, Int32[Array, " k"]]
     discriminator: Any = None
     discriminator_opt_state: Any = None
 
@@ -49,14 +43,7 @@ class Networks(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a pass over images gave, besides its loss.
-
-    Attributes:
-        terms: the losses, each before its weight.
-        latents: the encoder's outputs.
-        token_ids: the codes nearest to them.
-        reconstruction: the images they make.
-    """
+    """What a pass gave: losses before their weights, what was encoded, codes, what they make."""
 
     terms: dict[str, Float[Array, ""]]
     latents: Float[Array, "b v u c"]
@@ -110,45 +97,38 @@ def vqgan_loss(
     return loss, Outcome(terms, latents, token_ids, reconstruction)
 
 
+def some_latents(
+    latents: Float[Array, "b v u c"], count: int, key: jax.Array
+) -> Float[Array, "k c"]:
+    """So many of the encoder's outputs, each at most once if there are enough."""
+    points = rearrange(latents, "b v u c -> (b v u) c")
+    return points[jax.random.choice(key, len(points), (count,), replace=count > len(points))]
+
+
 def initial_codebook(
     latents: Float[Array, "b v u c"], size: int, key: jax.Array
 ) -> Float[Array, "k c"]:
     """A codebook that covers the encoder's outputs: some of them, moved by Lloyd's algorithm."""
-    points = rearrange(latents, "b v u c -> (b v u) c").astype(jnp.float32)
-    fewer = size > len(points)  # then some codes are equal, and restarted later
-    chosen = jax.random.choice(key, len(points), (size,), replace=fewer)
+    points = rearrange(latents, "b v u c -> (b v u) c")
 
     def move(codes: Array, _: None) -> tuple[Array, None]:
         products = jnp.einsum("nc,kc->nk", points, codes, precision=jax.lax.Precision.HIGHEST)
         nearest = jnp.argmin(jnp.sum(jnp.square(codes), axis=-1) - 2 * products, axis=-1)
         counts = jax.ops.segment_sum(jnp.ones(len(points)), nearest, size)
-        sums = jax.ops.segment_sum(points, nearest, size)
-        means = sums / jnp.maximum(counts, 1)[:, None]
+        means = jax.ops.segment_sum(points, nearest, size) / jnp.maximum(counts, 1)[:, None]
         return jnp.where(counts[:, None] > 0, means, codes), None
 
-    return jax.lax.scan(move, points[chosen], None, length=_ROUNDS)[0]
+    return jax.lax.scan(move, some_latents(latents, size, key), None, length=_ROUNDS)[0]
 
 
-def restart_codes(
-    idle: Int32[Array, " k"],
-    token_ids: Int32[Array, "b v u"],
-    latents: Float[Array, "b v u c"],
-    key: jax.Array,
-    *,
-    after: int,
-) -> tuple[Int32[Array, " k"], Bool[Array, " k"], Float[Array, "k c"]]:
-    """Which codes no token used for `after` steps, and an output of the encoder for each code.
-
-    Returns:
-        Steps since each code was last used (0 for one that starts anew); which ones start anew;
-        and what they start from, of which only those rows are meant.
-    """
+def find_idle(
+    idle: Int32[Array, " k"], token_ids: Int32[Array, "b v u"], *, after: int
+) -> tuple[Int32[Array, " k"], Bool[Array, " k"]]:
+    """Steps since each code was last used, and which codes start anew: after so many, if not 0."""
     used = jnp.zeros(len(idle), bool).at[token_ids.reshape(-1)].set(True)
     idle = jnp.where(used, 0, idle + 1)
     dead = idle >= after if after else jnp.zeros_like(used)
-    points = rearrange(latents, "b v u c -> (b v u) c")
-    chosen = jax.random.choice(key, len(points), idle.shape, replace=len(idle) > len(points))
-    return jnp.where(dead, 0, idle), dead, points[chosen]
+    return jnp.where(dead, 0, idle), dead
 
 
 def perplexity(token_ids: Int32[Array, "b v u"], size: int) -> Float[Array, ""]:
@@ -162,15 +142,9 @@ def codebook_from_images(
 ) -> TokenizerState:
     """The state with a codebook that covers what the encoder makes of images."""
     model = nnx.merge(graphdef, state.params)
-    latents = model.encoder(images / jnp.float32(255))
+    latents = model.encoder(images / jnp.float32(255)).astype(jnp.float32)
     codebook = initial_codebook(latents, model.cfg.codebook_size, jax.random.fold_in(key, 0))
-    params = with_codebook(state.params, codebook)
-    return state._replace(params=params, ema=with_codebook(state.ema, codebook))
-
-
-def with_codebook(params: nnx.State, codebook: Float[Array, "k c"]) -> nnx.State:
-    """The same parameters with another codebook."""
-    return cast(nnx.State, nnx.merge_state(params, nnx.State({"codebook": nnx.Param(codebook)})))
+    return _with_codebook(state, lambda _: codebook)
 
 
 def tokenizer_step(
@@ -178,40 +152,32 @@ def tokenizer_step(
     images: UInt8[Array, "b y x 3"],
     key: jax.Array,
     lpips: Any,
+    quantised: bool = True,
+    adversarial: bool = False,
     *,
     networks: Networks,
     optimizer: optax.GradientTransformation,
     discriminator_optimizer: optax.GradientTransformation,
     cfg: LossConfig,
     ema_decay: float,
-    quantised: bool = True,
     placement: Any = UNPLACED,
 ) -> tuple[TokenizerState, dict[str, Float[Array, ""]]]:
-    """One optimiser step; jit it with everything after `lpips` fixed.
+    """One optimiser step on a batch; jit it with everything after `lpips` static.
 
     A step whose losses or gradient are not finite changes nothing but the count of steps.
-    The codebook learns by gradient, like the rest. Where `networks` has a discriminator, the VQGAN
-    is judged by it as it was before the step, and it learns from the same images.
+    The codebook learns by gradient, like the rest. The VQGAN is judged by the discriminator as it
+    was before the step, and that learns from the same images.
 
-    Args:
-        state: before the step.
-        images: a batch.
-        key: the run's key; the step's own is folded in from `state.step`.
-        lpips: parameters of the perceptual distance, None without one.
-        networks: the networks of the step.
-        optimizer: the VQGAN's gradient transformation.
-        discriminator_optimizer: the discriminator's.
-        cfg: the losses.
-        ema_decay: of the parameters' moving average.
-        quantised: whether the codebook takes part.
-        placement: where weights and gradients lie.
+    `key` is the run's: the step's own is folded in from `state.step`. `lpips` are the parameters
+    of the perceptual distance, None without one. `quantised` and `adversarial` tell whether the
+    codebook and the discriminator take part.
 
     Returns:
         The state after the step; its losses, gradient norm, use of the codebook, and 1 if it was
         skipped.
     """
     pixels = images / jnp.float32(255)
-    judge, distance = networks.discriminator, networks.lpips
+    judge: Any = networks.discriminator if adversarial else None
 
     def loss(params: nnx.State) -> tuple[Array, Outcome]:
         return vqgan_loss(
@@ -219,57 +185,55 @@ def tokenizer_step(
             pixels,
             cfg,
             quantised=quantised,
-            lpips=distance and nnx.merge(distance, lpips),
+            lpips=networks.lpips and nnx.merge(networks.lpips, lpips),
             discriminator=judge and nnx.merge(judge, placement.weights(state.discriminator)),
         )
 
-    (total, outcome), grads = jax.value_and_grad(loss, has_aux=True)(
-        placement.weights(state.params)
-    )
-    grads = placement.gradients(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
-    ema = update_ema(state.ema, params, ema_decay)
+    def discriminator_loss(params: nnx.State) -> tuple[Array, None]:
+        discriminator = nnx.merge(judge, params)
+        made = jax.lax.stop_gradient(outcome.reconstruction)
+        return hinge_loss(discriminator(pixels), discriminator(made)), None
 
-    metrics = {"loss": total, **outcome.terms, "grad_norm": optax.tree.norm(grads)}
-    after = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
-    if quantised:
-        after, restarted = _with_live_codes(after, outcome, key, cfg.restart_after)
-        metrics["perplexity"] = perplexity(outcome.token_ids, len(state.idle))
-        metrics["restarted_codes"] = restarted
-    if judge:
-
-        def verdicts(discriminator: nnx.State) -> Array:
-            network = nnx.merge(judge, discriminator)
-            made = jax.lax.stop_gradient(outcome.reconstruction)
-            return hinge_loss(network(pixels), network(made))
-
-        told, grads = jax.value_and_grad(verdicts)(placement.weights(state.discriminator))
+    def descend(loss: Any, params: nnx.State, opt_state: Any, optimizer: Any) -> tuple[Any, ...]:
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(placement.weights(params))
         grads = placement.gradients(grads)
-        updates, discriminator_opt_state = discriminator_optimizer.update(
-            grads, state.discriminator_opt_state, state.discriminator
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return value, aux, optax.tree.norm(grads), optax.apply_updates(params, updates), opt_state
+
+    value, outcome, norm, params, opt_state = descend(
+        loss, state.params, state.opt_state, optimizer
+    )
+    ema = update_ema(state.ema, params, ema_decay)
+    after = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+    metrics = {"loss": value, "grad_norm": norm}
+    if judge:
+        metrics["discriminator"], _, _, params, opt_state = descend(
+            discriminator_loss,
+            state.discriminator,
+            state.discriminator_opt_state,
+            discriminator_optimizer,
         )
-        after = after._replace(
-            discriminator=optax.apply_updates(state.discriminator, updates),
-            discriminator_opt_state=discriminator_opt_state,
-        )
-        metrics["discriminator"] = told
-    told = [metrics[name] for name in ("loss", "grad_norm", "discriminator") if name in metrics]
-    after, metrics["skipped"] = skip_unless_finite(state, after, *told)
+        after = after._replace(discriminator=params, discriminator_opt_state=opt_state)
+    finite = list(metrics.values())
+    metrics |= outcome.terms
+    if quantised:
+        idle, dead = find_idle(state.codes["idle"], outcome.token_ids, after=cfg.restart_after)
+        key = jax.random.fold_in(key, after.step)  # from 1 here: 0 is the first codebook's
+        fresh = some_latents(outcome.latents, len(idle), key)
+        # The EMA would drag a new code behind it: it starts there as well.
+        after = _with_codebook(after, lambda codes: jnp.where(dead[:, None], fresh, codes))
+        after = after._replace(codes={"idle": idle})
+        metrics["perplexity"] = perplexity(outcome.token_ids, len(idle))
+        metrics["restarted_codes"] = jnp.sum(dead).astype(jnp.float32)
+    after, metrics["skipped"] = skip_unless_finite(state, after, *finite)
     return after, metrics
 
 
-def _with_live_codes(
-    state: TokenizerState, outcome: Outcome, key: jax.Array, after: int
-) -> tuple[TokenizerState, Float[Array, ""]]:
-    """The state with its dead codes restarted, and how many they were."""
-    key = jax.random.fold_in(key, state.step)  # counted from 1 here: 0 is the first codebook's
-    idle, dead, fresh = restart_codes(
-        state.idle, outcome.token_ids, outcome.latents, key, after=after
-    )
-    # The moving average would drag a new code behind it: it starts there as well.
-    params, ema = (
-        with_codebook(tree, jnp.where(dead[:, None], fresh, cast(Any, tree["codebook"])[...]))
-        for tree in (state.params, state.ema)
-    )
-    return state._replace(params=params, ema=ema, idle=idle), jnp.sum(dead).astype(jnp.float32)
+def _with_codebook(state: TokenizerState, change: Callable[[Array], Array]) -> TokenizerState:
+    """The state with another codebook, in the EMA too."""
+
+    def changed(tree: Any) -> Any:
+        codebook = nnx.Param(change(tree["codebook"][...]))
+        return nnx.merge_state(tree, nnx.State({"codebook": codebook}))
+
+    return state._replace(params=changed(state.params), ema=changed(state.ema))

@@ -18,7 +18,7 @@ from enat_jax.checkpoints.store import Checkpoints
 from enat_jax.config import load_config
 from enat_jax.data.batches import Share, record_info, shuffled, training_batches
 from enat_jax.parallel.placement import Placement
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ from absl import flags
 from enat_jax.parallel import hosts
 from enat_jax.parallel.compilation import keep_compiled_programs
 from enat_jax.config import load_config
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 from enat_jax.training.train import train
 from enat_jax.parallel.placement import Placement
 
@@ -44,7 +44,7 @@ if "coordinator" in given:
     hosts.connect(given["coordinator"], int(given["num_processes"]), process, wait=60)
 keep_compiled_programs()
 seen = open(pathlib.Path(out) / f"seen.{attempt}.{process}", "a", buffering=1)
-step = Run.step
+step = TrainingPrograms.step
 
 def watched(self, index, state, batch, key):
     rows = self.placement.own_rows(self.config.train.batch_size).tolist()
@@ -52,7 +52,7 @@ def watched(self, index, state, batch, key):
     seen.write(json.dumps([index, rows, tokens]) + "\\n")
     return step(self, index, state, batch, key)
 
-Run.step = watched
+TrainingPrograms.step = watched
 config = load_config("configs/digits.py", [text for text in rest if not text.startswith("--")])
 try:
     train(config, pathlib.Path(out) / "run")
@@ -146,7 +146,7 @@ def examples(out):
 
 def final_arrays(out, config):
     checkpoints = Checkpoints(out / "run/checkpoints", read_only=True)
-    run = Run(config, Placement.of(config.mesh, jax.devices()[:1]))
+    run = TrainingPrograms(config, Placement.of(config.mesh, jax.devices()[:1]))
     names = ("params", "ema", "opt_state")
     found = checkpoints.restore({name: getattr(run.abstract, name) for name in names})
     assert found[0] == STEPS

@@ -297,7 +297,7 @@ EIGHT_DEVICES = """
 import dataclasses, jax, numpy as np
 from enat_jax.config import load_config
 from enat_jax.parallel.placement import MeshConfig, Placement
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 assert jax.device_count() == 8
 config = load_config("configs/digits.py", [
     "model.width=16", "model.num_heads=2", "model.encoder_depth=1", "train.programs=1",
@@ -308,7 +308,7 @@ batch = {"token_ids": rng.integers(17, size=(8, 64), dtype=np.int32),
 losses = []
 for cfg in (MeshConfig(data=1, fsdp=1, tensor=1), MeshConfig(data=2, fsdp=2, tensor=2)):
     devices = jax.devices()[: cfg.data * cfg.fsdp * cfg.tensor]
-    run = Run(config, Placement.of(cfg, devices))
+    run = TrainingPrograms(config, Placement.of(cfg, devices))
     state = run.initial_state()
     kernel = state.params["encoder"]["mlp"]["up"]["kernel"][...]
     shard = kernel.addressable_shards[0].data.shape

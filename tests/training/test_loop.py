@@ -1,185 +1,226 @@
+import dataclasses
 import itertools
-import json
 import os
-import pathlib
+import shutil
 import signal
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from PIL import Image
 
-from enat_jax.checkpoints.store import Checkpoints
-from enat_jax.config import LoopConfig
-from enat_jax.training.loop import Clock, Soundness, TrainError, mean_metrics, run_steps
+from enat_jax.checkpoints.store import CheckpointError
+from enat_jax.config import LoopConfig, OptimConfig
+from enat_jax.errors import UserError
+from enat_jax.parallel.placement import MeshConfig, Placement
+from enat_jax.training.loop import Meter, training_loop
+from enat_jax.training.programs import Programs
+from enat_jax.training.workdir import Workdir
+from tests.support.runs import Killed, assert_same, entries, losses, saved
 
 
-class Counting:
-    """Steps whose state is how many were taken; some are not finite."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    train: LoopConfig
+    optim: OptimConfig
 
-    def __init__(self, bad=(), at=None):
-        self.bad, self.at, self.sampled = set(bad), at or {}, []
+
+class State(NamedTuple):
+    step: jax.Array
+    params: nnx.State
+
+
+class Summing(Programs):
+    """Adds up its batches, which are their losses; some steps are not finite, some do more."""
+
+    def __init__(self, config, bad=(), at=None):
+        self.bad, self.at, self.shown = set(bad), at or {}, 0
+        super().__init__(config, Placement.of(MeshConfig(), jax.devices()[:1]))
+
+    def _first_state(self):
+        return State(jnp.int32(0), nnx.State({"sum": nnx.Param(jnp.float32(0))}))
 
     def step(self, step, state, batch, key):
         self.at.get(step + 1, lambda: None)()
         skipped = step + 1 in self.bad
-        loss = jnp.float32(np.nan if skipped else batch)
-        return state + 1, {
-            "loss": loss,
-            "grad_norm": jnp.float32(1),
-            "skipped": jnp.float32(skipped),
-        }
+        loss = np.nan if skipped else batch
+        after = jax.tree.map(lambda x: x + 0 if skipped else x + batch, state.params)
+        metrics = {"loss": loss, "grad_norm": 1, "skipped": skipped}
+        return State(state.step + 1, after), jax.tree.map(jnp.float32, metrics)
 
-    def summary(self, done, images_per_second):
-        return {"learning_rate": done / 10}
-
-    def sample(self, done, state, log):
-        self.sampled.append(done)
-
-    def trees(self, state):
-        return {"state": state}
+    def show(self, state):
+        self.shown += 1
+        return np.full((3, 5, 3), self.shown, np.uint8), {"score": float(self.shown)}
 
 
-class Kept(Checkpoints):
-    """Checkpoints that remember what they were given."""
-
-    last_save_seconds = None
-
-    def __init__(self):
-        self.saved = {}
-
-    def save(self, step, trees, *, metadata):
-        self.saved[step] = (trees["state"], metadata["position"])
-
-    def wait(self):
-        pass
-
-
-def run(tmp_path, steps=None, /, *, start=0, images=0, said=None, **fields):
+def settings(**fields):
+    learning_rate = fields.pop("learning_rate", 1.0)
     fields = {"steps": 6, "log_every": 2, "checkpoint_every": 3, "sample_every": 0, **fields}
-    cfg, kept = LoopConfig(batch_size=4, **fields), Kept()
-    run_steps(
-        steps or Counting(), start, start, itertools.count(start), jnp.zeros(()), cfg,
-        workdir=tmp_path, checkpoints=kept, metadata={}, position={"images": images, "seed": 7},
-        say=(said if said is not None else []).append,
+    return Settings(LoopConfig(batch_size=4, **fields), OptimConfig(learning_rate, warmup_steps=2))
+
+
+def run(folder, *, log=None, seed=7, bad=(), at=None, **fields):
+    config = settings(**fields)
+    workdir = Workdir(
+        folder, config, metadata={}, stream={"seed": seed}, sections=("optim",), may_differ=(),
+        log=(log if log is not None else []).append,
     )  # fmt: skip
-    return kept.saved
-
-
-def lines(workdir):
-    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in text]
-
-
-def test_checkpoints_hold_the_state_and_how_many_images_were_taken(tmp_path):
-    assert run(tmp_path) == {
-        3: (3, {"images": 12, "seed": 7}),
-        6: (6, {"images": 24, "seed": 7}),
-    }
-
-
-def test_a_run_that_goes_on_counts_images_from_where_it_was(tmp_path):
-    # what was taken before may have been taken by batches of another size
-    assert run(tmp_path, start=4, images=100) == {6: (6, {"images": 108, "seed": 7})}
-
-
-def test_the_last_step_is_always_logged_and_saved(tmp_path):
-    assert set(run(tmp_path, log_every=4, checkpoint_every=4)) == {4, 6}
-    assert [line["step"] for line in lines(tmp_path)] == [4, 6]
-
-
-def test_a_line_is_the_mean_since_the_one_before(tmp_path):
-    run(tmp_path)
-    assert [line["loss"] for line in lines(tmp_path)] == [0.5, 2.5, 4.5]
-    assert [line["learning_rate"] for line in lines(tmp_path)] == [0.2, 0.4, 0.6]
-
-
-def test_pictures_are_made_every_so_often_and_at_the_end(tmp_path):
-    steps = Counting()
-    run(tmp_path, steps, sample_every=4)
-    assert steps.sampled == [4, 6]
-
-
-class TestToldToStop:
-    def test_a_run_saves_the_step_it_is_at_and_returns(self, tmp_path):
-        said = []
-        steps = Counting(at={4: lambda: os.kill(os.getpid(), signal.SIGTERM)})
-        before = signal.getsignal(signal.SIGTERM)
-        assert set(run(tmp_path, steps, said=said)) == {3, 4}
-        assert said[-1] == (
-            f"told to stop: step 4 of 6 is saved in {tmp_path / 'checkpoints'}; the same command"
-            " goes on from there"
+    with workdir:
+        training_loop(
+            Summing(config, bad, at),
+            workdir,
+            lambda share: itertools.count(share.first, share.batch_size),
+            data="numbers",
         )
-        assert signal.getsignal(signal.SIGTERM) is before
-        assert [line["step"] for line in lines(tmp_path)] == [2, 4]
-
-    def test_no_pictures_are_made_on_the_way_out(self, tmp_path):
-        steps = Counting(at={2: lambda: os.kill(os.getpid(), signal.SIGTERM)})
-        run(tmp_path, steps, sample_every=4)
-        assert steps.sampled == []
 
 
-class TestSoundness:
-    def test_skipped_steps_are_said_and_a_good_one_ends_the_row(self, tmp_path):
-        said = []
-        run(tmp_path, Counting(bad=(1, 2, 4, 5)), said=said, max_bad_steps=3)
-        told = [line for line in said if "not applied" in line]
-        assert told == [f"step {n} was not applied: loss nan, gradient norm 1.0"
-                        for n in (1, 2, 4, 5)]  # fmt: skip
-        assert [line["skipped"] for line in lines(tmp_path)] == [2, 1, 1]
-        assert [line["loss"] for line in lines(tmp_path)] == [None, 2.0, 5.0]
-
-    @pytest.mark.parametrize(("bad", "limit", "at"), [((2,), 1, 2), ((2, 4, 5, 6), 3, 6)])
-    def test_too_many_in_a_row_stop_the_run(self, tmp_path, bad, limit, at):
-        with pytest.raises(TrainError, match=rf"^step {at}: loss nan.*the last {limit} steps"):
-            run(tmp_path, Counting(bad=bad), max_bad_steps=limit)
-
-    def test_a_step_is_looked_at_once(self):
-        sound = Soundness(2, lambda line: None)
-        bad = {"loss": jnp.float32(np.inf), "grad_norm": jnp.float32(1), "skipped": jnp.float32(1)}
-        for _ in range(3):
-            sound.look(1, bad)
-        with pytest.raises(TrainError, match=r"step 2: loss inf"):
-            sound.look(2, bad)
+def kill():
+    raise Killed
 
 
-def test_means_are_of_the_steps_that_were_applied():
-    def metrics(loss, skipped, **more):
-        values = {"loss": loss, "grad_norm": 1, "skipped": skipped, **more}
-        return {name: jnp.float32(value) for name, value in values.items()}
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of a finished run, which tests leave as it is."""
+    workdir = tmp_path_factory.mktemp("finished")
+    run(workdir)
+    return workdir
 
-    found = mean_metrics([metrics(2, 0), metrics(np.nan, 1), metrics(4, 0, term=5)])
-    assert found == {"loss": 3, "grad_norm": 1, "skipped": 1, "term": 5}
+
+def test_a_run_leaves_its_states_where_it_was_in_the_data_means_and_a_table(finished):
+    for step, total in ((3, 0 + 4 + 8), (6, 0 + 4 + 8 + 12 + 16 + 20)):
+        arrays, position = saved(finished, step)
+        assert list(arrays.values()) == [total]
+        assert position == {"images": 4 * step, "seed": 7}
+    assert losses(finished) == {2: 2, 4: 10, 6: 18}  # means since the entry before
+    assert [entry["learning_rate"] for entry in entries(finished)] == [0, 1, 1]
+    table = (finished / "parameters.txt").read_text()
+    assert "| sum  | ()    | float32 | 1    | ()       |" in table
 
 
-def test_rates_are_of_the_steps_alone(monkeypatch):
+def test_a_run_that_was_killed_ends_as_one_that_was_not(finished, tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, at={6: kill})
+    lines = []
+    run(tmp_path, log=lines)
+    assert lines[0] == "resuming from step 3"
+    assert_same(saved(tmp_path), saved(finished))
+    assert losses(tmp_path)[6] == losses(finished)[6]
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    lines = []
+    run(finished, log=lines)
+    assert lines == ["resuming from step 6", f"{finished} is trained already: 6 of 6 steps"]
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_goes_on_to_more_steps_and_the_last_is_always_logged_and_saved(
+    finished, tmp_path
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    run(workdir, steps=9, log_every=4, checkpoint_every=4)
+    assert [entry["step"] for entry in entries(workdir)] == [2, 4, 6, 8, 9]
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [6, 8, 9]
+
+
+def test_pictures_and_scores_are_shown_every_so_often_and_at_the_end(tmp_path):
+    lines = []
+    run(tmp_path, sample_every=4, log=lines)
+    assert [entry["step"] for entry in entries(tmp_path) if "score" in entry] == [4, 6]
+    assert "step 4: score 1" in lines
+    pictures = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in pictures] == ["step_0000004.png", "step_0000006.png"]
+    with Image.open(pictures[1]) as picture:
+        np.testing.assert_array_equal(picture, np.full((3, 5, 3), 2))
+
+
+def test_told_to_stop_a_run_saves_the_step_it_is_at_and_returns(tmp_path):
+    lines, before = [], signal.getsignal(signal.SIGTERM)
+    stop = {4: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    run(tmp_path, at=stop, sample_every=5, log=lines)
+    assert lines[-1] == (
+        f"told to stop: step 4 of 6 is saved in {tmp_path / 'checkpoints'}; the same command"
+        " goes on from there"
+    )
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert saved(tmp_path)[1]["images"] == 16
+    assert not (tmp_path / "samples").exists()  # no pictures on the way out
+
+
+def test_skipped_steps_are_told_counted_and_no_part_of_the_means(tmp_path):
+    lines = []
+    run(tmp_path, bad=(1, 2, 4, 5), max_bad_steps=3, log=lines)
+    told = [line for line in lines if "not applied" in line]
+    expected = "step {} was not applied: loss nan, gradient norm 1.0"
+    assert told == [expected.format(step) for step in (1, 2, 4, 5)]
+    assert [entry["skipped"] for entry in entries(tmp_path)] == [2, 1, 1]
+    assert [entry["loss"] for entry in entries(tmp_path)] == [None, 8, 20]
+
+
+@pytest.mark.parametrize(("bad", "limit", "at"), [((2,), 1, 2), ((2, 4, 5, 6), 3, 6)])
+def test_too_many_skipped_in_a_row_stop_the_run(tmp_path, bad, limit, at):
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, bad=bad, max_bad_steps=limit)
+    assert str(caught.value) == (
+        f"step {at}: loss nan, gradient norm 1.0: the last {limit} steps were not finite and not"
+        f" applied; train.max_bad_steps = {limit}"
+    )
+
+
+@pytest.mark.parametrize("steps", [(2, 3), (5, 9)])  # the run may end before the trace
+def test_a_trace_of_the_steps_asked_for_is_written(tmp_path, steps):
+    lines = []
+    run(tmp_path, log=lines, profile_steps=steps)
+    assert f"wrote a profiler trace to {tmp_path / 'profile'}" in lines
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"learning_rate": 2.0, "steps": 9},
+         "the workdir holds another model: optim.learning_rate = 2.0, there 1.0"),
+        ({"seed": 8, "steps": 9}, "in the middle of other data: seed = 8, there 7"),
+    ],
+)  # fmt: skip
+def test_another_run_is_refused_and_the_workdir_left_as_it_is(finished, fields, problem):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=problem):
+        run(finished, **fields)
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"cannot write to workdir {tmp_path / name}"):
+        run(tmp_path / name)
+
+
+def test_rates_are_of_the_steps_alone_and_means_of_those_that_have_the_term(monkeypatch):
     now, compiled = [0.0], [0.0]
     monkeypatch.setattr("enat_jax.training.loop.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("enat_jax.training.loop.compile_seconds", lambda: compiled[0])
-    clock = Clock()
-    now[0], compiled[0] = 7.0, 3.0  # 3 s of compilation, 4 s of steps
-    clock.waited = 1.0
-    with clock.elsewhere("checkpoints"):
+    meter = Meter(1, print)
+    for step in range(8):
+        late = {"term": step} if step > 4 else {}  # has the mean of the steps that have it
+        meter.add(step, {"loss": jnp.float32(1), "skipped": jnp.float32(0), **late})
+    now[0], compiled[0] = 6.0, 3.0  # 3 s of compilation, 4 s of steps
+    with meter.measure("data"):
+        now[0] += 1
+    with meter.measure("checkpoint"):
         now[0] += 10
-    with clock.elsewhere("samples"):
+    with meter.measure("show"):
         now[0] += 5
         compiled[0] += 2
-    assert clock.line(steps=8, images_per_step=3) == {
-        "steps_per_second": 2,
-        "images_per_second": 6,
+    entry = meter.entry(images_per_step=3)
+    entry.pop("peak_memory_gib", None)
+    assert entry == {
+        "loss": 1, "term": 6, "skipped": 0, "steps_per_second": 2, "images_per_second": 6,
         "data_wait": 0.25,
-        "compile_seconds": 3,
-        "checkpoint_seconds": 10,
-    }
-
-
-def test_a_trace_of_the_steps_asked_for_is_written(tmp_path):
-    said = []
-    run(tmp_path, said=said, profile_steps=(2, 3))
-    assert f"wrote a profiler trace to {tmp_path / 'profile'}" in said
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-
-
-def test_a_trace_is_not_lost_where_the_run_ends_first(tmp_path):
-    said = []
-    run(tmp_path, said=said, profile_steps=(6, 9))
-    assert any(line.startswith("wrote a profiler trace") for line in said)
+        "compile_seconds": 3, "checkpoint_seconds": 10,
+    }  # fmt: skip

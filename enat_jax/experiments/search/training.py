@@ -126,7 +126,7 @@ class _Betas:
             fields["train"]["steps"] = self._cfg.training.steps
         config = config_from_dict(fields)
         workdir = self._folder / "trained" / f"{beta[0]:.6g}_{beta[1]:.6g}"
-        train(config, workdir, say=self._say)
+        train(config, workdir, log=self._say)
         return restore(workdir, overrides=lambda _: config)
 
     def _known(self) -> dict[tuple[int, float, float], float]:

@@ -41,7 +41,7 @@ def trainings(monkeypatch, model):
     """Training without any: the configs that were trained."""
     configs = {}
 
-    def train(config, workdir, *, say):
+    def train(config, workdir, *, log):
         configs[workdir.name] = config
 
     def restoring(workdir, *, overrides):

@@ -23,7 +23,7 @@ from tests.support.recorded_autonat import (
     recorded_weights,
     torch_arrays,
 )
-from tests.training.test_train import Killed, assert_same, losses, saved, watch
+from tests.support.runs import Killed, assert_same, losses, saved, watch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -111,7 +111,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
         train(config(), tmp_path)
     monkeypatch.undo()
     said = []
-    train(config(), tmp_path, say=said.append)
+    train(config(), tmp_path, log=said.append)
     assert said[0] == "resuming from step 2"
     assert_same(saved(tmp_path), saved(finished))
     assert losses(tmp_path) == losses(finished)
@@ -169,7 +169,7 @@ def test_every_large_parameter_is_shared_out_and_no_stack_cut_between_blocks(par
 
 STEPS = """
 from enat_jax.config import load_config
-from enat_jax.training.programs import Run
+from enat_jax.training.programs import TrainingPrograms
 from enat_jax.parallel.placement import MeshConfig, Placement
 assert jax.device_count() == 8
 config = load_config("configs/digits_autonat.py", [
@@ -181,7 +181,7 @@ batch = {"token_ids": rng.integers(17, size=(8, 64), dtype=np.int32),
 losses = []
 for sizes in ((1, 1, 1), (2, 2, 2)):
     devices = jax.devices()[: np.prod(sizes)]
-    run = Run(config, Placement.of(MeshConfig(*sizes), devices))
+    run = TrainingPrograms(config, Placement.of(MeshConfig(*sizes), devices))
     state = run.initial_state()
     kernel = state.params["outward"]["query_key_value"]["kernel"][...]
     shard = kernel.addressable_shards[0].data.shape
