@@ -89,6 +89,10 @@ class GenerationProgram:
 
         return self._prepared(jax.tree.map(placed, params, self.stored))
 
+    def network(self, params: nnx.State) -> Network:
+        """The network of parameters as `prepare` returns them; called within a program."""
+        return nnx.merge(self._graphdef, self.placement.weights(params))
+
     def strategy(self, **changes: Any) -> GenerationStrategy:
         """The config's strategy, step by step, with some fields changed.
 
@@ -200,7 +204,7 @@ class GenerationProgram:
         layout: Layout,
         output: Output,
     ) -> Array:
-        model = nnx.merge(self._graphdef, self.placement.weights(params))
+        model = self.network(params)
         noise = image_noise(key, image_ids, model.cfg.codebook_size)
         token_ids, _ = generate(
             model, class_ids, strategy, noise, layout=layout, null_class_id=model.cfg.null_class_id
