@@ -23,55 +23,22 @@ read; the number of steps is ENAT's. Not trained by us.
 
 from ml_collections import ConfigDict
 
+from enat_jax.config_file import base
+
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
+    config = base(__file__, "enat_l_256.py")
+    del config.model.encoder_depth, config.model.decoder_depth, config.strategy
+    config.update(
         {
-            "model": {
-                "name": "autonat",
-                "length": 256,
-                "codebook_size": 1024,
-                "num_classes": 1000,
-                "width": 768,
-                "num_heads": 8,
-                "depth": 24,
-                "dropout": 0.1,
-                "dtype": "bfloat16",
-                "remat": "dots",
-            },
-            "tokenizer": {
-                "name": "vqgan",
-                "weights": "runs/vqgan",
-                "grid": (16, 16),
-            },
-            "images": {"name": "imagenet2012", "data_dir": "data", "split": "train"},
-            "data": {"name": "imagenet_256_tokens", "data_dir": "data"},
-            "optim": {
-                "learning_rate": 0.0004,
-                "warmup_steps": 5000,
-                "decay": "constant",
-                "weight_decay": 0.03,
-                "betas": (0.99, 0.99),
-                "ema_decay": 0.9999,
-            },
-            "train": {
-                "steps": 500000,
-                "batch_size": 2048,
-                "images_per_row": 8,
-                "programs": 4,
-                "mask_beta": (12.0, 3.0),
-                "reuse_probability": 0.0,
-                "class_dropout": 0.15,
-                "label_smoothing": 0.1,
-                "mean_over": "tokens",
-            },
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "placement": "zero2"},
+            "model": {"name": "autonat", "width": 768, "num_heads": 8, "depth": 24},
+            "train": {"reuse_probability": 0.0, "class_dropout": 0.15, "mean_over": "tokens"},
             "strategy": {
                 "rule": "file",
                 "file": "configs/strategies/autonat_l_256_t8.yaml",
                 "steps": 8,
                 "masking": "autonat",
             },
-            "evaluate": {"num_images": 50000},
         }
     )
+    return config

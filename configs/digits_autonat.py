@@ -5,52 +5,23 @@ enat train --config=configs/digits_autonat.py --workdir=runs/digits_autonat
 
 from ml_collections import ConfigDict
 
+from enat_jax.config_file import base
+
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
+    config = base(__file__, "digits.py")
+    del config.model.encoder_depth, config.model.decoder_depth
+    config.update(
         {
-            "model": {
-                "name": "autonat",
-                "length": 64,
-                "codebook_size": 17,
-                "num_classes": 10,
-                "width": 64,
-                "num_heads": 4,
-                "depth": 4,
-                "dropout": 0.0,
-            },
-            "tokenizer": {"name": "pixels", "grid": (8, 8)},
-            "data": {"name": "digits", "data_dir": "data"},
-            "optim": {
-                "learning_rate": 2e-3,
-                "warmup_steps": 200,
-                "decay": "cosine",
-                "betas": (0.9, 0.99),
-                "max_grad_norm": 1.0,
-                "ema_decay": 0.998,
-            },
+            "model": {"name": "autonat", "depth": 4},
             "train": {
                 "steps": 1500,
-                "batch_size": 64,
-                "images_per_row": 4,
-                "programs": 2,
-                "mask_beta": (4.0, 2.0),
                 "reuse_probability": 0.0,
-                "class_dropout": 0.1,
-                "label_smoothing": 0.0,
                 "mean_over": "tokens",
-                "log_every": 100,
                 "sample_every": 1500,
                 "checkpoint_every": 500,
             },
-            "strategy": {
-                "rule": "maskgit",
-                "steps": 8,
-                "masking": "autonat",
-                "guidance_scale": 1.0,
-                "choice_temperature": 32.0,
-                "sampling_temperature": 1.0,
-            },
-            "sample": {"batch_size": 20},
+            "strategy": {"masking": "autonat"},
         }
     )
+    return config

@@ -17,55 +17,19 @@ in no text we could read. Not trained by us.
 
 from ml_collections import ConfigDict
 
+from enat_jax.config_file import base
+
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
+    config = base(__file__, "enat_l_256.py")
+    config.update(
         {
-            "model": {
-                "length": 1024,
-                "codebook_size": 1024,
-                "num_classes": 1000,
-                "width": 1024,
-                "num_heads": 16,
-                "encoder_depth": 22,
-                "decoder_depth": 2,
-                "dropout": 0.1,
-                "dtype": "bfloat16",
-                "remat": "dots",
-            },
-            "tokenizer": {
-                "name": "vqgan",
-                "weights": "runs/vqgan",
-                "grid": (32, 32),
-            },
-            "images": {"name": "imagenet2012", "data_dir": "data", "split": "train"},
-            "data": {"name": "imagenet_512_tokens", "data_dir": "data"},
-            "optim": {
-                "learning_rate": 0.0001,
-                "warmup_steps": 5000,
-                "decay": "constant",
-                "weight_decay": 0.03,
-                "betas": (0.99, 0.99),
-                "ema_decay": 0.9999,
-            },
-            "train": {
-                "steps": 500000,
-                "batch_size": 512,
-                "images_per_row": 8,
-                "programs": 4,
-                "mask_beta": (12.0, 3.0),
-                "reuse_probability": 0.5,
-                "class_dropout": 0.235,
-                "label_smoothing": 0.1,
-            },
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "placement": "zero2"},
-            "strategy": {
-                "rule": "enat",
-                "steps": 8,
-                "guidance_scale": 3.5,
-                "choice_temperature": 1.5,
-                "sampling_temperature": 4.0,
-            },
-            "evaluate": {"num_images": 50000},
+            "model": {"length": 1024},
+            "tokenizer": {"grid": (32, 32)},
+            "data": {"name": "imagenet_512_tokens"},
+            "optim": {"learning_rate": 0.0001},
+            "train": {"batch_size": 512},
+            "strategy": {"guidance_scale": 3.5, "sampling_temperature": 4.0},
         }
     )
+    return config

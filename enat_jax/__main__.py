@@ -1,70 +1,64 @@
 """The command line: `enat VERB --flag=value ...`, one verb per job."""
 
+import importlib
 import sys
-from typing import Any
+from typing import NoReturn
 
 from absl import flags
 
-from enat_jax.cli import (
-    ablate,
-    bench,
-    convert,
-    evaluate,
-    host_flags,
-    sample,
-    search,
-    similarity,
-    statistics,
-    tokenize,
-    train,
-    train_tokenizer,
-)
-from enat_jax.cli import compile as compile_ahead
+import enat_jax
+from enat_jax.cli import host_flags
 from enat_jax.errors import UserError
 
-VERBS: dict[str, Any] = {
-    "train": train,
-    "sample": sample,
-    "evaluate": evaluate,
-    "tokenize": tokenize,
-    "train_tokenizer": train_tokenizer,
-    "statistics": statistics,
-    "convert": convert,
-    "search": search,
-    "ablate": ablate,
-    "similarity": similarity,
-    "bench": bench,
-    "compile": compile_ahead,
+VERBS = {  # each a module of `enat_jax.cli`, imported when it is run
+    "train": "Trains, or goes on where a workdir ends",
+    "sample": "Images of given classes from a workdir",
+    "evaluate": "FID and other scores of a workdir",
+    "tokenize": "Images to token records with a tokenizer",
+    "train_tokenizer": "Trains a VQGAN on one's own images, or goes on",
+    "statistics": "Real images' statistics, for FID",
+    "convert": "Published weights to a checkpoint",
+    "search": "Search for a generation strategy of a trained model",
+    "ablate": "Scores, speed and FLOPs of many generation settings",
+    "similarity": "How alike features are at adjacent generation steps",
+    "bench": "Speed, FLOPs and memory as JSON",
+    "compile": "Compiles a run's programs for devices that are not here: what fits, bytes, FLOPs,"
+    " speed",
 }
+_HELP = ("-h", "--help")
+_OVERRIDE = "--config."
 
 
-def summary(verb: str) -> str:
-    """What a verb does, in a line."""
-    return (VERBS[verb].__doc__ or "").rstrip(".")
+def usage() -> str:
+    """All verbs, a line each."""
+    verbs = [f"  {name:17}{does}" for name, does in VERBS.items()]
+    return "\n".join(
+        ["usage: enat VERB --flag=value ...", *verbs, "`enat VERB --help` lists a verb's flags."]
+    )
 
 
 def main(arguments: list[str]) -> int:
     """Runs one verb; returns the exit code."""
-    if not arguments or arguments[0] not in VERBS:
-        lines = [f"  {name:17}{summary(name)}" for name in VERBS]
-        asked = arguments and arguments[0] not in ("-h", "--help", "help")
-        complaint = [f"enat: no verb {arguments[0]!r}"] if asked else []
-        print("\n".join([*complaint, "usage: enat VERB --flag=value ...", *lines,
-                         "`enat VERB --help` lists a verb's flags."]),
-              file=sys.stderr if asked else sys.stdout)  # fmt: skip
-        return 2 if asked else 0
-    name, *rest = arguments
-    verb = VERBS[name]
+    name, *rest = arguments or ["help"]
+    if name in (*_HELP, "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"enat_jax {enat_jax.__version__}")
+        return 0
+    if name not in VERBS:
+        print(f"enat: no verb {name!r}\n{usage()}", file=sys.stderr)
+        return 2
+    verb = importlib.import_module(f"enat_jax.cli.{name}")
     values = flags.FlagValues()
     verb.define(values)
-    if any(argument in ("-h", "--help") for argument in rest):
-        print(f"enat {name}: {summary(name)}\n{values.get_help()}")
+    if any(argument in _HELP for argument in rest):
+        print(f"enat {name}: {VERBS[name]}\n{values.get_help()}")
         print("\n  --config.SECTION.FIELD=value overrides a field of the config.")
         return 0
-    prefix = "--config."
-    overrides = [text.removeprefix(prefix) for text in rest if text.startswith(prefix)]
+    overrides = [text.removeprefix(_OVERRIDE) for text in rest if text.startswith(_OVERRIDE)]
     try:
-        left = values([name, *(text for text in rest if not text.startswith(prefix))])
+        left = values([name, *(text for text in rest if not text.startswith(_OVERRIDE))])
         if len(left) > 1:
             raise UserError(f"no such argument: {' '.join(left[1:])}")
         return verb.run(values, overrides)
@@ -76,7 +70,7 @@ def main(arguments: list[str]) -> int:
         return host_flags.end_by(error, name)
 
 
-def run() -> Any:
+def run() -> NoReturn:
     """The console script."""
     sys.exit(main(sys.argv[1:]))
 

@@ -1,16 +1,17 @@
-"""The config of an experiment: typed, checked whole before anything is allocated."""
+"""The sections of a run's config, each with its fields' limits, and the rules between sections."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from enat_jax.config_file import make_config, read_fields
-from enat_jax.core.strategy import SCHEDULES, StrategyConfig, make_strategy
-from enat_jax.data.batches import DataConfig
-from enat_jax.data.image_source import ImageConfig
+from enat_jax.config_file import limited, make_config, read_config
+from enat_jax.core.strategy import StrategyConfig, make_strategy
+from enat_jax.models.autonat.config import AutoNATConfig
 from enat_jax.models.enat.config import ENATConfig
-from enat_jax.models.networks import NetworkConfig, network_problems
-from enat_jax.parallel.placement import MeshConfig
+from enat_jax.tokenizers.config import DiscriminatorConfig, VQGANConfig
+
+Policy = Literal["replicated", "zero1", "zero2", "fsdp"]
+Wants = Literal["token_ids", "floats", "uint8"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,56 @@ class TokenizerConfig:
     """
 
     name: Literal["vqgan", "pixels", "none"] = "none"
-    grid: tuple[int, int] = (16, 16)
+    grid: tuple[int, int] = limited((16, 16), at_least=1)
     weights: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which token records to read.
+
+    Attributes:
+        name: TFDS name of the data set.
+        data_dir: Folder of the prepared data sets; the newest version of `name` in it is read.
+        split: TFDS split, such as `train` or `train[:90%]`.
+        cache: Decode all records into host memory once (1.3 GB for both orientations of ImageNet
+            at 256 tokens) rather than each at every use.
+        read_threads: Threads that read batches where they are not cached.
+        prefetch_batches: Batches made ahead of their use.
+    """
+
+    name: str = "digits"
+    data_dir: str = "data"
+    split: str = "train"
+    cache: bool = True
+    read_threads: int = limited(4, at_least=1)
+    prefetch_batches: int = limited(4, at_least=0)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Which images to read, and how they become records.
+
+    Attributes:
+        folder: A folder with a folder of images for each class; or
+        name: TFDS name of a prepared data set with `image` and `label`.
+        data_dir: Folder of the prepared data sets.
+        split: TFDS split, such as `train` or `train[:90%]`.
+        max_unreadable: Share of all images that may be unreadable, in [0, 1); they are skipped.
+        flips: Whether the mirror image of each image is recorded too.
+        shard_size: Images per shard: what a killed run repeats at most.
+        read_threads: Threads that read and decode.
+    """
+
+    folder: str = ""
+    name: str = ""
+    data_dir: str = "data"
+    split: str = "train"
+    max_unreadable: float = limited(0.01, at_least=0, below=1)
+    flips: bool = True
+    shard_size: int = limited(4096, at_least=1)
+    read_threads: int = limited(8, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -45,14 +93,14 @@ class OptimConfig:
         ema_decay: of the moving average of parameters, used for features and for sampling.
     """
 
-    learning_rate: float = 4e-4
-    warmup_steps: int = 5000
+    learning_rate: float = limited(4e-4, at_least=0)
+    warmup_steps: int = limited(5000, at_least=0)
     decay: Literal["constant", "cosine"] = "constant"
-    weight_decay: float = 0.03
-    betas: tuple[float, float] = (0.99, 0.99)
-    epsilon: float = 1e-8
-    max_grad_norm: float = 0.0
-    ema_decay: float = 0.9999
+    weight_decay: float = limited(0.03, at_least=0)
+    betas: tuple[float, float] = limited((0.99, 0.99), at_least=0, below=1)
+    epsilon: float = limited(1e-8, at_least=0)
+    max_grad_norm: float = limited(0.0, at_least=0)
+    ema_decay: float = limited(0.9999, at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -73,15 +121,20 @@ class LoopConfig:
             shows; (0, 0) traces nothing.
     """
 
-    seed: int = 0
-    steps: int = 500_000
-    batch_size: int = 2048
-    log_every: int = 100
-    sample_every: int = 5000
-    checkpoint_every: int = 5000
-    keep: int = 3
-    max_bad_steps: int = 10
-    profile_steps: tuple[int, int] = (0, 0)
+    seed: int = limited(0, at_least=0, below=2**32)
+    steps: int = limited(500_000, at_least=1)
+    batch_size: int = limited(2048, at_least=1)
+    log_every: int = limited(100, at_least=1)
+    sample_every: int = limited(5000, at_least=0)
+    checkpoint_every: int = limited(5000, at_least=1)
+    keep: int = limited(3, at_least=1)
+    max_bad_steps: int = limited(10, at_least=1)
+    profile_steps: tuple[int, int] = limited((0, 0), at_least=0)
+
+    RULES = (
+        ("profile_steps", lambda steps: steps == (0, 0) or 1 <= steps[0] <= steps[1],
+         "must be the first and the last step, from 1, or (0, 0)"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,14 +154,20 @@ class TrainConfig(LoopConfig):
             token of a row alike, as AutoNAT does.
     """
 
-    accumulation: int = 1
-    images_per_row: int = 8
-    programs: int = 4
-    mask_beta: tuple[float, float] = (12.0, 3.0)
-    reuse_probability: float = 0.5
-    class_dropout: float = 0.235
-    label_smoothing: float = 0.1
+    accumulation: int = limited(1, at_least=1)
+    images_per_row: int = limited(8, at_least=1)
+    programs: int = limited(4, at_least=1, at_most=4)
+    mask_beta: tuple[float, float] = limited((12.0, 3.0), above=0)
+    reuse_probability: float = limited(0.5, at_least=0, at_most=1)
+    class_dropout: float = limited(0.235, at_least=0, below=1)
+    label_smoothing: float = limited(0.1, at_least=0, below=1)
     mean_over: Literal["images", "tokens"] = "images"
+
+    RULES = (
+        ("batch_size images_per_row accumulation",
+         lambda images, row, accumulation: images % (row * accumulation) == 0,
+         "must be a multiple of {1} x {2}"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,10 +183,10 @@ class SampleConfig:
         max_padding: most extra FLOPs of the automatic choice, as a fraction.
     """
 
-    batch_size: int = 64
-    decode_batch_size: int = 0
-    buckets: int = 0
-    max_padding: float = 0.15
+    batch_size: int = limited(64, at_least=1)
+    decode_batch_size: int = limited(0, at_least=0)
+    buckets: int = limited(0, at_least=0)
+    max_padding: float = limited(0.15, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -150,22 +209,151 @@ class EvaluateConfig:
     inception: str = ""
     inception_digest: str = "6726825d"
     reference: str = ""
-    num_images: int = 50_000
+    num_images: int = limited(50_000, at_least=2)
     protocol: Literal["floats", "uint8", "both"] = "both"
     precision_recall: bool = True
-    batch_size: int = 16
-    save_every: int = 5000
+    batch_size: int = limited(16, at_least=1)
+    save_every: int = limited(5000, at_least=1)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised.
+
+    Attributes:
+        name: `fid`; `digits` (Frechet distance of pixels, and accuracy, on the digits data set); or
+            `package.module:function`, an importable function of all token ids or images and their
+            class ids that returns a number, less being better.
+        output: what a function is given: token ids `[b n]`, images in [0, 1] or ones of 256 levels
+            `[b y x 3]`. FID takes `floats` or `uint8`, see `evaluate.protocol`.
+        inception: path of `pt_inception-2015-12-05-6726825d.pth`, for FID.
+        inception_digest: how that file's SHA-256 begins.
+        reference: path of the real images' statistics, for FID.
+        batch_size: images that a device looks at at a time, for FID.
+    """
+
+    name: str = "fid"
+    output: Wants = "floats"
+    inception: str = ""
+    inception_digest: str = "6726825d"
+    reference: str = ""
+    batch_size: int = limited(16, at_least=1)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 for one axis means all that are left.
+
+    Attributes:
+        data: copies of the model, each with its share of the batch.
+        fsdp: shares of every large parameter, as `placement` says, and of the batch.
+        tensor: shares of heads and of the MLP's hidden width.
+        placement: what the axis `fsdp` shares out. `replicated`: nothing. `zero1`: the optimiser's
+            state and the gradients. `zero2`: parameters and their moving average as well, gathered
+            once at the start of a step, in the activations' type. `fsdp`: the same, but gathered
+            layer by layer, each time they are used: the least memory.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    placement: Policy = "zero2"
+
+
+@dataclass(frozen=True)
+class TokenizerTrainConfig(LoopConfig):
+    """A VQGAN's training run; its pictures are looks at held-out images, with their scores.
+
+    Attributes:
+        image_size: pixels per side.
+        random_crops: crops of 0.8 to 1 of an image's shorter side; else its centre.
+    """
+
+    steps: int = limited(100_000, at_least=1)
+    batch_size: int = limited(64, at_least=1)
+    image_size: int = limited(256, at_least=1)
+    random_crops: bool = True
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """The held-out images, which are looked at and never learnt from.
+
+    Attributes:
+        folder: a folder with a folder of images for each class; or
+        split: a split of the TFDS data set that `images` names. Neither: training images are
+            looked at, and the log calls them so.
+        images: at most so many, evenly out of all.
+        pictures: of these in the log.
+        batch_size: images per call, over all devices.
+        inception: FID's published Inception weights, for rFID; empty leaves it out.
+    """
+
+    folder: str = ""
+    split: str = ""
+    images: int = limited(1000, at_least=1)
+    pictures: int = limited(16, at_least=1)
+    batch_size: int = limited(64, at_least=1)
+    inception: str = ""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of a VQGAN's losses (Esser et al. 2021, sections 3.1 and A), and of its codes' care.
+
+    Attributes:
+        l1: of the mean absolute error of the reconstruction, images in [0, 1].
+        l2: of its mean squared error.
+        codebook_start: the first step with a codebook, which then covers the encoder's outputs;
+            steps before it train a plain autoencoder, whose outputs are worth covering.
+        codebook: of the squared distance that draws codes to the encoder's outputs.
+        commitment: of the one that draws the encoder's outputs to their codes.
+        restart_after: a code that no token used for so many steps in a row is replaced by an
+            output of the encoder; 0 leaves it.
+        lpips: of the perceptual distance, where `lpips_weights` is given.
+        lpips_weights: files of VGG16 and of LPIPS's linear layers; none leaves the distance out.
+        adversarial: of the discriminator's opinion; 0 trains without one.
+        adversarial_start: the first step with a discriminator.
+    """
+
+    l1: float = limited(1.0, at_least=0)
+    l2: float = limited(1.0, at_least=0)
+    codebook_start: int = limited(0, at_least=0)
+    codebook: float = limited(1.0, at_least=0)
+    commitment: float = limited(0.25, at_least=0)
+    restart_after: int = limited(100, at_least=0)
+    lpips: float = limited(0.1, at_least=0)
+    lpips_weights: tuple[str, ...] = ()
+    adversarial: float = limited(0.0, at_least=0)
+    adversarial_start: int = limited(0, at_least=0)
+
+
+def _feasible(strategy: StrategyConfig, length: int) -> bool:
+    """Whether every step reveals a token and leaves the next one something to predict.
+
+    Raises:
+        ValueError: it is not so, and why.
+    """
+    if strategy.rule != "file":  # a file is read where it is used
+        try:
+            make_strategy(strategy, length).masked_counts(length)
+        except ValueError as error:
+            raise ValueError(f"strategy: {error}") from error
+    return True
+
+
+_WARM_UP = (
+    "optim.warmup_steps train.steps optim.decay",
+    lambda warmup, steps, decay: decay == "constant" or warmup < steps,
+    "must be below {1}",
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment.
+    """One experiment: a network that predicts tokens."""
 
-    `model.num_classes = 0` and `model.codebook_size = 0` are read from the token records when
-    training starts.
-    """
-
-    model: NetworkConfig = field(default_factory=ENATConfig)
+    model: ENATConfig | AutoNATConfig = field(default_factory=ENATConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -176,145 +364,67 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
+    RULES = (
+        ("strategy.steps model.length", lambda steps, length: 1 <= steps <= length,
+         "must be between 1 and {1}"),
+        ("strategy model.length", _feasible, ""),
+        ("model.length tokenizer.grid", lambda length, grid: length == grid[0] * grid[1],
+         "must be the product of {1}"),
+        ("model.codebook_size tokenizer.name",
+         lambda size, name: name != "pixels" or 2 <= size <= 256, "must be 2 to 256 greys for {1}"),
+        ("tokenizer.weights tokenizer.name", lambda weights, name: weights or name != "vqgan",
+         "must name the workdir of a VQGAN (made by `train_tokenizer` or `convert --kind=vqgan`)"
+         " for {1}"),
+        ("train.reuse_probability model.carries_features",
+         lambda probability, carries: carries or probability == 0,
+         "must be 0 for a network that carries no features"),
+        _WARM_UP,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizerRunConfig:
+    """One VQGAN on one set of images."""
+
+    model: VQGANConfig = field(default_factory=VQGANConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(
+        learning_rate=1e-4, betas=(0.9, 0.99), weight_decay=0.0, ema_decay=0.999
+    ))  # fmt: skip
+    train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    RULES = (
+        ("images.folder images.name", lambda folder, name: bool(folder) != bool(name),
+         "or {1}: give one of them"),
+        ("held_out.folder held_out.split", lambda folder, split: not (folder and split),
+         "and {1}: give one of them at most"),
+        ("held_out.split images.name", lambda split, name: name or not split,
+         "needs images.name: a folder has no splits, give held_out.folder"),
+        ("train.image_size model.patch model.channel_multipliers",
+         lambda size, patch, _: size % patch == 0, "must be a multiple of {1} for {2}"),
+        ("loss.codebook_start train.steps", lambda start, steps: start < steps,
+         "must be below {1}"),
+        _WARM_UP,
+    )  # fmt: skip
+
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file, applies overrides (`section.field=value` each), and checks the whole.
-
-    Raises:
-        ConfigError: an unreadable file, unknown fields, wrong types or values; all at once.
-    """
-    return override_config(read_fields(path), overrides)
+    """The config of a file after `section.field=value` overrides; see `make_config`."""
+    return read_config(Config, path, overrides)
 
 
-def override_config(fields: Mapping[str, Any], overrides: Sequence[str]) -> Config:
-    """A checked config from nested mappings after `section.field=value` overrides.
-
-    Raises:
-        ConfigError: unknown fields, wrong types or values; all at once.
-    """
-    return make_config(Config, fields, check, overrides)
+def config_from_dict(fields: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The config of nested mappings after `section.field=value` overrides; see `make_config`."""
+    return make_config(Config, fields, overrides)
 
 
-def config_from_dict(fields: Mapping[str, Any]) -> Config:
-    """A checked config from nested mappings, as `dataclasses.asdict` or JSON gives them.
-
-    Raises:
-        ConfigError: unknown fields, wrong types or values; all at once.
-    """
-    return make_config(Config, fields, check)
+override_config = config_from_dict  # what it is called where there are overrides
 
 
-def check(config: Config) -> list[str]:
-    """What is wrong with a config, one phrase per problem, each with value, limit and field."""
-    model, train, optim = config.model, config.train, config.optim
-    unit = train.images_per_row * train.accumulation
-    rules = [
-        (model.width % max(model.num_heads, 1) == 0, "model.width", model.width,
-         f"must be a multiple of model.num_heads = {model.num_heads}"),
-        (config.tokenizer.grid[0] * config.tokenizer.grid[1] == model.length,
-         "model.length", model.length,
-         f"must be the product of tokenizer.grid = {config.tokenizer.grid}"),
-        (model.codebook_size != 1 and model.codebook_size < 2**16, "model.codebook_size",
-         model.codebook_size, f"must be 0 (read from the records) or from 2 to {2**16 - 1}"),
-        (config.tokenizer.name != "pixels" or 2 <= model.codebook_size <= 256,
-         "model.codebook_size", model.codebook_size,
-         "must be 2 to 256 greys for tokenizer.name = 'pixels'"),
-        (config.tokenizer.name != "vqgan" or config.tokenizer.weights != "", "tokenizer.weights",
-         repr(config.tokenizer.weights), "must name the workdir of a VQGAN (made by"
-         " `train_tokenizer` or `convert --kind=vqgan`) for tokenizer.name = 'vqgan'"),
-        (1 <= config.strategy.steps <= model.length, "strategy.steps", config.strategy.steps,
-         f"must be between 1 and model.length = {model.length}"),
-        (config.strategy.schedule in SCHEDULES, "strategy.schedule", config.strategy.schedule,
-         f"must be one of {sorted(SCHEDULES)}"),
-        (config.strategy.sampling_temperature > 0, "strategy.sampling_temperature",
-         config.strategy.sampling_temperature, "must be above 0"),
-        (config.strategy.choice_temperature >= 0, "strategy.choice_temperature",
-         config.strategy.choice_temperature, "must be at least 0"),
-        (config.strategy.guidance_scale >= 0, "strategy.guidance_scale",
-         config.strategy.guidance_scale, "must be at least 0"),
-        (train.batch_size % max(unit, 1) == 0, "train.batch_size", train.batch_size,
-         f"must be a multiple of train.images_per_row x train.accumulation = {unit}"),
-        (model.mlp_ratio > 0, "model.mlp_ratio", model.mlp_ratio, "must be above 0"),
-        (min(train.mask_beta) > 0, "train.mask_beta", train.mask_beta, "must be above 0"),
-        (1 <= train.programs <= 4, "train.programs", train.programs, "must be between 1 and 4"),
-        (optim.decay == "constant" or optim.warmup_steps < train.steps, "optim.warmup_steps",
-         optim.warmup_steps, f"must be below train.steps = {train.steps}"),
-    ]  # fmt: skip
-    rules += [
-        (value >= 1, name, value, "must be at least 1")
-        for name, value in {
-            **{f"model.{name}": getattr(model, name) for name in
-               ("width", "num_heads")},
-            "model.length - 1": model.length - 1,
-            **{f"train.{name}": getattr(train, name) for name in
-               ("accumulation", "images_per_row")},
-            "tokenizer.grid[0]": config.tokenizer.grid[0],
-            "tokenizer.grid[1]": config.tokenizer.grid[1],
-            "data.read_threads": config.data.read_threads,
-            "sample.batch_size": config.sample.batch_size,
-            "images.shard_size": config.images.shard_size,
-            "images.read_threads": config.images.read_threads,
-            "evaluate.num_images - 1": config.evaluate.num_images - 1,
-            "evaluate.batch_size": config.evaluate.batch_size,
-            "evaluate.save_every": config.evaluate.save_every,
-        }.items()
-    ]  # fmt: skip
-    rules += [
-        (value >= 0, name, value, "must be at least 0")
-        for name, value in {
-            "model.num_classes": model.num_classes,
-            "model.codebook_size": model.codebook_size,
-            "sample.decode_batch_size": config.sample.decode_batch_size,
-            "sample.buckets": config.sample.buckets,
-            "sample.max_padding": config.sample.max_padding,
-            "optim.learning_rate": optim.learning_rate,
-            "optim.warmup_steps": optim.warmup_steps,
-            "optim.weight_decay": optim.weight_decay,
-            "optim.epsilon": optim.epsilon,
-            "optim.max_grad_norm": optim.max_grad_norm,
-        }.items()
-    ]
-    rules += [
-        (0 <= value < 1, name, value, "must be in [0, 1)")
-        for name, value in {
-            "model.dropout": model.dropout,
-            "train.class_dropout": train.class_dropout,
-            "train.label_smoothing": train.label_smoothing,
-            "images.max_unreadable": config.images.max_unreadable,
-            "optim.ema_decay": optim.ema_decay,
-            "optim.betas[0]": optim.betas[0],
-            "optim.betas[1]": optim.betas[1],
-        }.items()
-    ]
-    rules.append((model.carries_features or train.reuse_probability == 0,
-                  "train.reuse_probability", train.reuse_probability,
-                  "must be 0 for a network that carries no features"))  # fmt: skip
-    rules.append((0 <= train.reuse_probability <= 1, "train.reuse_probability",
-                  train.reuse_probability, "must be in [0, 1]"))  # fmt: skip
-    problems = [f"{name} = {value} {limit}" for holds, name, value, limit in rules if not holds]
-    problems += network_problems(model) + check_loop(train)
-    if not problems and config.strategy.rule != "file":  # a file is read where it is used
-        try:
-            make_strategy(config.strategy, model.length).masked_counts(model.length)
-        except ValueError as error:
-            problems.append(f"strategy: {error}")
-    return problems
-
-
-def check_loop(train: LoopConfig) -> list[str]:
-    """What is wrong with it, one phrase per problem, each with value, limit and field."""
-    first, last = train.profile_steps
-    rules = [
-        (0 <= train.seed < 2**32, "seed", f"must be in [0, {2**32})"),
-        (train.sample_every >= 0, "sample_every", "must be at least 0"),
-        (first == last == 0 or 1 <= first <= last, "profile_steps",
-         "must be the first and the last step, from 1, or (0, 0)"),
-    ]  # fmt: skip
-    rules += [
-        (getattr(train, name) >= 1, name, "must be at least 1")
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep",
-                     "max_bad_steps")
-    ]  # fmt: skip
-    return [
-        f"train.{name} = {getattr(train, name)} {limit}" for good, name, limit in rules if not good
-    ]
+def load_tokenizer_config(path: str, overrides: Sequence[str] = ()) -> TokenizerRunConfig:
+    """The config of a VQGAN's training run, read as `load_config` does."""
+    return read_config(TokenizerRunConfig, path, overrides)

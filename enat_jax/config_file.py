@@ -1,25 +1,64 @@
-"""Config files: read, overridden field by field, and turned into dataclasses."""
+"""Config files: read, overridden field by field, and turned into dataclasses that were checked.
+
+A config is a frozen dataclass whose fields are values or sections, dataclasses themselves. What it
+may hold stands beside its fields: their types, the limits of numbers (see `limited`), and in the
+class attribute `RULES` what must hold between fields: triples of
+
+* the fields' names with spaces between, such as `"width num_heads"`; the first is to blame;
+* a function of their values: whether they fit. Or it raises a ValueError, whose message is shown;
+* what the first must be, in a message where `{1}` is the second field's name and value.
+"""
 
 import ast
 import copy
 import dataclasses
 import difflib
 import importlib.util
+import itertools
+import math
+import operator
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from enat_jax.errors import UserError
 
 T = TypeVar("T")
+ConfigError = UserError  # what it was called
+
+_LIMITS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
 
 
-class ConfigError(UserError):
-    """A config that cannot be run; the message names every field that is wrong."""
+def limited(default: T, **limits: int | float) -> T:
+    """A field of numbers: one, or a tuple all of whose elements are limited.
+
+    Numbers are finite, and integers below 2**31 in size where they have no upper limit of their
+    own. `core` and `models`, which know no configs, write what this returns.
+
+    Args:
+        default: the field's default.
+        limits: of `at_least`, `above`, `at_most`, `below`; `or_zero=True` allows 0 besides.
+    """
+    return dataclasses.field(default=default, metadata=limits)
+
+
+def base(file: str, name: str) -> ConfigDict:
+    """The config that another config starts from.
+
+    Args:
+        file: the config file that asks: its `__file__`.
+        name: the other's path, relative to it.
+    """
+    return _get_config(os.path.join(os.path.dirname(file), name))
 
 
 def read_fields(path: str) -> dict[str, Any]:
@@ -30,98 +69,134 @@ def read_fields(path: str) -> dict[str, Any]:
             argument for it.
 
     Raises:
-        ConfigError: a file that is missing, fails, or gives no ConfigDict.
+        UserError: a file that is missing, fails, or gives no ConfigDict.
     """
+    return _get_config(path).to_dict()
+
+
+def read_config(kind: type[T], path: str, overrides: Sequence[str] = ()) -> T:
+    """Reads a config file and makes its config; arguments and errors as there."""
+    return make_config(kind, read_fields(path), overrides)
+
+
+def make_config(kind: type[T], fields: Mapping[str, Any], overrides: Sequence[str] = ()) -> T:
+    """Builds and checks a config from nested mappings; what is absent keeps its default.
+
+    Args:
+        kind: a dataclass. Where a field may be one of several sections, the section's own field
+            `name` says which; the first by default.
+        fields: section -> field -> value, as `dataclasses.asdict`, JSON or `read_fields` give them.
+        overrides: `section.field=value` each.
+
+    Raises:
+        UserError: unknown fields, wrong types or values; all at once.
+    """
+    changed = copy.deepcopy(dict(fields))
+    wrong: dict[str, list[str]] = {}  # phrases by the name of what they are about
+    for text in overrides:
+        _override(changed, text, wrong)
+    config = _build(kind(), changed, "", wrong)
+    if wrong:
+        raise UserError("config: " + "; ".join(itertools.chain(*wrong.values())))
+    return config
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """What follows a name that is not known."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _get_config(path: str) -> ConfigDict:
     file, _, argument = path.partition(":")
     if not os.path.isfile(file):
-        raise ConfigError(f"no config file {file!r}")
+        raise UserError(f"no config file {file!r}")
     try:
         spec = importlib.util.spec_from_file_location("enat_jax_config", file)
         if spec is None or spec.loader is None:
             raise ImportError("it must be a Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        loaded = module.get_config(*([argument] if argument else []))
+        config = module.get_config(*([argument] if argument else []))
     except Exception as error:
-        raise ConfigError(f"config file {file}: {type(error).__name__}: {error}") from error
-    if not isinstance(loaded, ml_collections.ConfigDict):
-        raise ConfigError(f"config file {file}: get_config() gave no ConfigDict")
-    return loaded.to_dict()
-
-
-def make_config(
-    kind: type[T],
-    fields: Mapping[str, Any],
-    check: Callable[[T], Sequence[str]],
-    overrides: Sequence[str] = (),
-) -> T:
-    """Builds and checks a config from nested mappings; what is absent keeps its default.
-
-    Args:
-        kind: a dataclass whose fields may be dataclasses: the sections. Where a field may be one of
-            several, its own field `name` says which; the first by default.
-        fields: section -> field -> value, as `dataclasses.asdict`, JSON or `read_fields` give them.
-        check: says what is wrong with a config of the right types, a phrase per problem.
-        overrides: `section.field=value` each.
-
-    Raises:
-        ConfigError: unknown fields, wrong types or values; all at once.
-    """
-    changed = copy.deepcopy(dict(fields))
-    problems = [problem for text in overrides if (problem := _override(changed, text))]
-    config = _build(kind, changed, "", problems)
-    if not problems:
-        problems += check(config)
-    if problems:
-        raise ConfigError("config: " + "; ".join(problems))
+        raise UserError(f"config file {file}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {file}: get_config() gave no ConfigDict")
     return config
 
 
-def _override(fields: dict[str, Any], text: str) -> str | None:
-    """Puts one `section.field=value` into nested dicts; returns what is wrong with it."""
+def _override(fields: dict[str, Any], text: str, wrong: dict[str, list[str]]) -> None:
+    """Puts one `section.field=value` into nested dicts."""
     path, equals, value = text.partition("=")
     *sections, name = path.split(".")
     if not equals:
-        return f"override {text!r} is not of the form section.field=value"
+        wrong[text] = [f"override {text!r} is not of the form section.field=value"]
+        return
     for section in sections:
         fields = fields.setdefault(section, {})
         if not isinstance(fields, dict):
-            return f"{path} = {value}: {section} is no section"
+            wrong[path] = [f"{path} = {value}: {section} is no section"]
+            return
     try:
         fields[name] = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         fields[name] = value
-    return None
 
 
-def _build(kind: Any, fields: Any, path: str, problems: list[str]) -> Any:
-    """Builds a dataclass from a mapping, collecting problems instead of raising."""
+def _build(default: Any, fields: Any, path: str, wrong: dict[str, list[str]]) -> Any:
+    """A dataclass changed by a mapping; what is wrong keeps its default and is noted."""
     if not isinstance(fields, Mapping):
-        problems.append(f"{path or 'config'} = {fields!r} must be a section of fields")
-        return kind()
+        wrong[path] = [f"{path or 'config'} = {fields!r} must be a section of fields"]
+        return default
+    kind = type(default)
     hints = typing.get_type_hints(kind)
+    limits = {each.name: each.metadata for each in dataclasses.fields(kind)}
     values = {}
     for name, value in fields.items():
         where = f"{path}.{name}" if path else str(name)
         if name not in hints:
-            close = difflib.get_close_matches(str(name), hints, n=1)
-            guess = f" (did you mean {close[0]}?)" if close else ""
-            problems.append(f"{where} = {value!r} is no field of {path or 'the config'}{guess}")
+            guess = did_you_mean(name, hints)
+            wrong[where] = [f"{where} = {value!r} is no field of {path or 'the config'}{guess}"]
         elif sections := _sections(hints[name]):
-            known = {getattr(section, "name", ""): section for section in sections}
-            asked = value.get("name") if isinstance(value, Mapping) else None
-            if len(sections) > 1 and asked is not None and asked not in known:
-                names = ", ".join(map(repr, known))
-                problems.append(f"{where}.name = {asked!r} must be one of {names}")
-                continue
-            section = known[asked] if len(sections) > 1 and asked else sections[0]
-            values[name] = _build(section, value, where, problems)
+            section = getattr(default, name)
+            if len(sections) > 1 and isinstance(value, Mapping) and "name" in value:
+                section = next((s() for s in sections if s.name == value["name"]), None)
+            if section is None:
+                known = ", ".join(repr(each.name) for each in sections)
+                wrong[where] = [f"{where}.name = {value['name']!r} must be one of {known}"]
+            else:
+                values[name] = _build(section, value, where, wrong)
         else:
-            before = len(problems)
-            value = _typed(hints[name], value, where, problems)
-            if len(problems) == before:
-                values[name] = value
-    return kind(**values)
+            problems: list[str] = []
+            typed = _typed(hints[name], value, where, limits[name], problems)
+            if problems:
+                wrong[where] = problems
+            else:
+                values[name] = typed
+    config = dataclasses.replace(default, **values)
+    for each in reversed(kind.__mro__):
+        for rule in vars(each).get("RULES", ()):
+            _apply(rule, config, path, wrong)
+    return config
+
+
+def _apply(rule: Any, config: Any, path: str, wrong: dict[str, list[str]]) -> None:
+    """Notes a rule that does not hold; one about what is wrong already is left out."""
+    fields, fit, limit = rule
+    names = [f"{path}.{name}" if path else name for name in fields.split()]
+    if any(_within(a, b) or _within(b, a) for a in wrong for b in names):
+        return
+    values = [operator.attrgetter(name)(config) for name in fields.split()]
+    shown = [f"{name} = {value!r}" for name, value in zip(names, values, strict=True)]
+    try:
+        if not fit(*values):
+            wrong[names[0]] = [f"{shown[0]} {limit.format(*shown)}"]
+    except ValueError as error:
+        wrong[names[0]] = [str(error)]
+
+
+def _within(name: str, section: str) -> bool:
+    return f"{name}.".startswith(f"{section}.")
 
 
 def _sections(kind: Any) -> list[Any]:
@@ -130,22 +205,46 @@ def _sections(kind: Any) -> list[Any]:
     return list(kinds) if all(dataclasses.is_dataclass(each) for each in kinds) else []
 
 
-def _typed(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """A value of the field's type, or a problem."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
+def _typed(
+    kind: Any, value: Any, where: str, limits: Mapping[str, Any], problems: list[str]
+) -> Any:
+    """A value as the field's type within its limits, or a problem."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
         if value in arguments:
             return value
         problems.append(f"{where} = {value!r} must be one of {', '.join(map(repr, arguments))}")
-    elif origin is tuple and arguments[1:] == (...,) and isinstance(value, list | tuple):
-        return tuple(_typed(arguments[0], v, where, problems) for v in value)
-    elif origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
-        return tuple(_typed(k, v, where, problems) for k, v in zip(arguments, value, strict=True))
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(kind, type) and type(value) is kind:
         return value
-    else:
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(value) == len(kinds):
+            return tuple(
+                _typed(one, each, f"{where}[{place}]", limits, problems)
+                for place, (one, each) in enumerate(zip(kinds, value, strict=True))
+            )
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 1e300 else math.inf
+    if type(value) is not kind:
         name = kind if isinstance(kind, types.GenericAlias) else kind.__name__
         problems.append(f"{where} = {value!r} must be of type {name}")
+    elif isinstance(value, int | float) and (must := _beyond(value, **limits)):
+        problems.append(f"{where} = {value!r} must be {must}")
     return value
+
+
+def _beyond(value: int | float, *, or_zero: bool = False, **limits: int | float) -> str:
+    """What a number must be, where it is not."""
+    if not math.isfinite(value):
+        return "finite"
+    if isinstance(value, int) and not {"at_most", "below"} & set(limits) and abs(value) >= 2**31:
+        return "below 2**31"
+    if (or_zero and value == 0) or all(_LIMITS[k](value, limit) for k, limit in limits.items()):
+        return ""
+    match limits:
+        case {"at_least": low, "below": high}:
+            must = f"in [{low}, {high})"
+        case {"at_least": low, "at_most": high}:
+            must = f"between {low} and {high}"
+        case _:
+            must = " and ".join(f"{k.replace('_', ' ')} {limit}" for k, limit in limits.items())
+    return f"0 or {must}" if or_zero else must

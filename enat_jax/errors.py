@@ -1,5 +1,43 @@
-"""The error a user can make: the command line shows its one line, without a traceback."""
+"""The error a user can make, and the phrase for records that differ."""
+
+import json
+from typing import Any
+
+_NAMED, _SHOWN = 8, 60  # differences in a line; characters of a value in it
 
 
 class UserError(ValueError):
-    """Something to be put right by who runs the program; the message is one clear line."""
+    """Something to be put right by who runs the program; the message is one clear line.
+
+    The command line shows it without a traceback.
+    """
+
+
+def differences(there: Any, here: Any) -> str:
+    """What differs, in a line that names the fields; empty for nothing.
+
+    Args:
+        there: the record that was written.
+        here: the other one, as JSON can hold it.
+    """
+    phrases = list(_differences(there, json.loads(json.dumps(here)), ""))
+    more = f" and {len(phrases) - _NAMED} more" if len(phrases) > _NAMED else ""
+    return "; ".join(phrases[:_NAMED]) + more
+
+
+def _differences(there: Any, here: Any, path: str) -> list[str]:
+    """A phrase for each leaf that differs, by its path."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            phrase
+            for name in dict.fromkeys([*here, *there])
+            for phrase in _differences(
+                there.get(name, "nothing"), here.get(name, "nothing"), f"{path}.{name}".lstrip(".")
+            )
+        ]
+    return [] if there == here else [f"{path} = {_short(here)}, there {_short(there)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

@@ -2,7 +2,7 @@
 # Runs a command as several processes of one run on this machine, and tells them so by flags:
 #   launch/local_multiprocess.sh 2 enat train --config=configs/digits.py --workdir=runs/digits
 # Lines begin with the process's number; SIGTERM and Ctrl-C reach all. When one fails, the others
-# have GRACE seconds to end by themselves. The exit code is that of the first to fail.
+# have GRACE seconds (20) to end by themselves. The exit code is that of the first to fail.
 set -um # a process group each, and signals as usual
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]] || ! command -v "$2" > /dev/null; then
     echo "usage: $0 PROCESSES enat VERB --flag=value ..." >&2
@@ -10,6 +10,7 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]] || ! command -v "$2" > /dev/null; the
 fi
 processes=$1 code=0 signalled=0 guard='' pids=() && shift
 while port=$((20000 + RANDOM % 10000)) && (: < "/dev/tcp/localhost/$port") 2> /dev/null; do :; done
+export JAX_COORDINATOR_BIND_ADDRESS=localhost:$port # else it listens to the network, too
 
 tell() { # sends a signal to every group that is still there
     for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2> /dev/null; done

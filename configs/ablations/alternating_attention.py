@@ -7,15 +7,12 @@ after 300k steps (ENAT, ablations). Not trained by us. The cross-attention has i
 output projection and adaLN vectors; the order is ours.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
 
-ENAT_S = pathlib.Path(__file__).parents[1] / "enat_s_256.py"
+from enat_jax.config_file import base
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(ENAT_S))["get_config"]()
-    config.model.update({"context_attention": "alternating"})
+    config = base(__file__, "../enat_s_256.py")
+    config.update({"model": {"context_attention": "alternating"}})
     return config

@@ -6,18 +6,23 @@ The paper reports FID 6.54 and 39.6 GFLOPs (multiply-adds, without the VQGAN's d
 after 300k steps (ENAT, ablations). Not trained by us.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
 
-ENAT_S = pathlib.Path(__file__).parents[1] / "enat_s_256.py"
+from enat_jax.config_file import base
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(ENAT_S))["get_config"]()
-    config.model.update(
-        {"stacks": "shared", "reuse": "none", "width": 288, "encoder_depth": 8, "decoder_depth": 0}
+    config = base(__file__, "../enat_s_256.py")
+    config.update(
+        {
+            "model": {
+                "stacks": "shared",
+                "reuse": "none",
+                "width": 288,
+                "encoder_depth": 8,
+                "decoder_depth": 0,
+            },
+            "train": {"reuse_probability": 0.0},
+        }
     )
-    config.train.reuse_probability = 0.0
     return config

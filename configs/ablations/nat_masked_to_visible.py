@@ -6,25 +6,12 @@ The paper reports FID 201.88 at 8 steps after 300k steps (ENAT, ablations). Not 
 token always reads itself here; whether it did in the paper is in no text we could read.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
 
-ENAT_S = pathlib.Path(__file__).parents[1] / "enat_s_256.py"
+from enat_jax.config_file import base
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(ENAT_S))["get_config"]()
-    config.model.update(
-        {
-            "stacks": "shared",
-            "reuse": "none",
-            "width": 288,
-            "encoder_depth": 8,
-            "decoder_depth": 0,
-            "blocked": "masked_to_visible",
-        }
-    )
-    config.train.reuse_probability = 0.0
+    config = base(__file__, "nat.py")
+    config.update({"model": {"blocked": "masked_to_visible"}})
     return config

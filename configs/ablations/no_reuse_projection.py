@@ -6,15 +6,12 @@ The paper reports FID 5.96 and 20.8 GFLOPs (multiply-adds, without the VQGAN's d
 after 300k steps (ENAT, ablations). Not trained by us.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
 
-ENAT_S = pathlib.Path(__file__).parents[1] / "enat_s_256.py"
+from enat_jax.config_file import base
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(ENAT_S))["get_config"]()
-    config.model.update({"reuse_projection": False})
+    config = base(__file__, "../enat_s_256.py")
+    config.update({"model": {"reuse_projection": False}})
     return config

@@ -8,15 +8,12 @@ returns, each layer has a projection of its own, and the decoder reads the last 
 did it is in no text we could read.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
 
-ENAT_S = pathlib.Path(__file__).parents[1] / "enat_s_256.py"
+from enat_jax.config_file import base
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(ENAT_S))["get_config"]()
-    config.model.update({"reuse": "all_layers"})
+    config = base(__file__, "../enat_s_256.py")
+    config.update({"model": {"reuse": "all_layers"}})
     return config

@@ -1,135 +1,119 @@
-"""Digests of a checkpoint's files, by which damage to them is found.
+"""Digests: of a checkpoint's files, which show corrupt ones, and of weights, which tell them apart.
 
-Orbax keeps no checksum of the bytes of arrays: a flipped one would be read as a weight. The enemy
-is damage, not malice, so it is CRC-32: it misses no flipped byte and one in 4 billion of other
-damaged files, and takes half to two thirds of the time of SHA-256, less where a processor has no
-instructions for that.
+Orbax keeps no checksum of the bytes of arrays: a flipped one would be read as a weight. What is
+feared there is not malice, so it is CRC-32: it misses no flipped byte and one in 4 billion of
+other corrupt files, and takes half to two thirds of the time of SHA-256.
 """
 
-from __future__ import annotations
-
+import contextlib
+import hashlib
 import json
+import os
 import re
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 from etils import epath
+from flax import nnx
 
-_FILE = re.compile(r"digests\.(\d+)-of-(\d+)\.json")
-_WRITER = re.compile(r"\bprocess_(\d+)")  # how Orbax names what one process has written
+_DIGESTS = re.compile(r"digests\.\d+-of-\d+\.json")  # one of each process in earlier versions
 _CHUNK = 1 << 22  # bytes read at once
 _READERS = 4  # files read at once: one alone rarely gets all that a network gives
 _MOST_NAMED = 3  # files named in one line
 
 
-def write_digests(directory: epath.Path, process: int, processes: int) -> None:
-    """Writes the digests of a process's share of a checkpoint beside its files.
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits.
 
-    A process's share is what it has written itself, which its host still has in memory, and for
-    process 0 what belongs to none. So processes need not speak with each other: every one writes
-    `digests.{process}-of-{processes}.json`, which appears whole or not at all.
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(params: nnx.State) -> str:
+    """SHA-256 of parameters: their paths, shapes and float32 values, in the order of the paths."""
+    digest = hashlib.sha256()
+    named = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(params)}
+    for name in sorted(named):
+        array = np.asarray(named[name], np.float32)
+        digest.update(f"{name} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def write_digests(directory: epath.Path) -> None:
+    """Writes length and CRC-32 of all files of a checkpoint beside them, in an atomic file.
 
     Raises:
         OSError: a file cannot be read or written.
     """
-    files = {
-        name: _digest(directory / name)
-        for name in _names(directory)
-        if _writer(name, processes) == process
-    }
-    unfinished = directory / f"digests.{process}-of-{processes}.unfinished"
-    unfinished.write_text(json.dumps({"crc32": _of_all(files), "files": files}))
-    unfinished.rename(directory / f"digests.{process}-of-{processes}.json")
+    files = _digests(directory, _names(directory))
+    unfinished = directory / "digests.0-of-1.unfinished"
+    unfinished.write_text(json.dumps({"crc32": _crc_of_all(files), "files": files}))
+    unfinished.rename(directory / "digests.0-of-1.json")
 
 
-def find_damage(
-    directory: epath.Path, trees: Collection[str] | None, process: int, processes: int
-) -> tuple[str, bool]:
-    """Compares a process's share of a checkpoint's files with their digests.
+def find_corruption(directory: epath.Path, trees: Collection[str]) -> str:
+    """Compares a checkpoint's files with their digests; names those that differ, "" for none.
 
     Args:
-        directory: the checkpoint; files in it that have no digest are let be.
-        trees: the folders to look into, None for all. The files beside them always count.
-        process: whose share. All shares together are all files, spread by size, whatever the
-            number of processes that wrote them.
-        processes: how many processes share the work.
-
-    Returns:
-        The damage in a phrase that names the files, empty if there is none; and whether all
-        digests are there, so that no damage means more than that none was found.
+        directory: the checkpoint; files in it that have no digest do not matter.
+        trees: the folders to look into. The files beside them always count.
 
     Raises:
         OSError: the directory cannot be read.
     """
-    files: dict[str, list[int]] = {}
-    there: set[tuple[int, int]] = set()
+    saved: dict[str, list[int]] = {}
     for path in directory.iterdir():
-        if match := _FILE.fullmatch(path.name):
+        if _DIGESTS.fullmatch(path.name):
             try:
-                saved = json.loads(path.read_text())
-                whole = saved["crc32"] == _of_all(saved["files"])
+                content = json.loads(path.read_text())
+                intact = content["crc32"] == _crc_of_all(content["files"])
             except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole:
-                return f"{path.name} is damaged: without it nothing can be verified", False
-            files |= saved["files"]
-            there.add((int(match[1]), int(match[2])))
-    wanted = [
-        name
-        for name in sorted(files, key=lambda name: (-files[name][0], name))
-        if trees is None or "/" not in name or name.partition("/")[0] in trees
+                intact = False
+            if not intact:
+                return f"{path.name} is corrupt: without it nothing can be verified"
+            saved |= content["files"]
+    wanted = [n for n in sorted(saved) if "/" not in n or n.split("/")[0] in trees]
+    phrases = [
+        f"{name} is {'missing' if now is None else 'not as it was written'}"
+        for name, now in _digests(directory, wanted).items()
+        if now != saved[name]
     ]
-    with ThreadPoolExecutor(_READERS) as pool:
-        compare = pool.map(
-            lambda n: _difference(directory, n, files[n]), wanted[process::processes]
-        )
-        differences = [difference for difference in compare if difference]
-    more = len(differences) - _MOST_NAMED
-    told = differences[:_MOST_NAMED] + ([f"and {more} more"] if more > 0 else [])
-    complete = bool(there) and there == {(p, n) for _, n in there for p in range(n)}
-    return "; ".join(told), complete
+    more = [f"and {len(phrases) - _MOST_NAMED} more"] if len(phrases) > _MOST_NAMED else []
+    return "; ".join(phrases[:_MOST_NAMED] + more)
 
 
-def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
+def _names(directory: epath.Path, prefix: str = "") -> list[str]:
     """The files in a directory, digests excepted, by their paths from it."""
+    names = []
     for path in sorted(directory.iterdir()):
         if path.is_dir():
-            yield from _names(path, f"{prefix}{path.name}/")
-        elif prefix or not path.name.startswith("digests."):
-            yield prefix + path.name
+            names += _names(path, f"{prefix}{path.name}/")
+        elif not path.name.startswith("digests."):
+            names.append(prefix + path.name)
+    return names
 
 
-def _writer(name: str, processes: int) -> int:
-    match = _WRITER.search(name)
-    return int(match[1]) if match and int(match[1]) < processes else 0
+def _digests(directory: epath.Path, names: list[str]) -> dict[str, list[int] | None]:
+    """Length in bytes and CRC-32 of files; None for one that is not there."""
+
+    def digest(name: str) -> list[int] | None:
+        length = crc = 0
+        with contextlib.suppress(FileNotFoundError), (directory / name).open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                length, crc = length + len(chunk), zlib.crc32(chunk, crc)
+            return [length, crc]
+        return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _digest(path: epath.Path) -> list[int]:
-    """A file's length in bytes and CRC-32."""
-    length = crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            length, crc = length + len(chunk), zlib.crc32(chunk, crc)
-    return [length, crc]
-
-
-def _difference(directory: epath.Path, name: str, saved: list[int]) -> str:
-    """What is wrong with a file, empty if it is as it was saved."""
-    try:
-        length, crc = _digest(directory / name)
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror or error}"
-    if length < saved[0]:
-        return f"{name} is truncated: {length} of {saved[0]} bytes"
-    if length > saved[0]:
-        return f"{name} has {length} bytes, not {saved[0]}"
-    if crc != saved[1]:
-        return f"{name} is not as it was written: CRC-32 {crc:08x}, not {saved[1]:08x}"
-    return ""
-
-
-def _of_all(files: dict[str, list[int]]) -> int:
+def _crc_of_all(files: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(files, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest whole checkpoint of its workdir, if it is of the same run."""
+"""Where a run goes on: the newest intact checkpoint of its workdir, if it is of the same run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -6,18 +6,12 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from enat_jax.checkpoints.differences import differences
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
+from enat_jax.errors import differences
 
 
 class Resumed(NamedTuple):
-    """What a checkpoint gives back.
-
-    Attributes:
-        step: steps done.
-        trees: by name.
-        images: that were taken from the stream of the data; the same on every host.
-    """
+    """What a checkpoint gives back: steps done, trees by name, images taken from the data."""
 
     step: int
     trees: dict[str, PyTree]
@@ -35,7 +29,7 @@ def resume(
     stream: Mapping[str, Any],
     say: Callable[[str], object],
 ) -> Resumed | None:
-    """The newest whole checkpoint of a run, on this mesh and these hosts, whatever wrote it.
+    """The newest intact checkpoint of a run, on this mesh and these hosts, whatever wrote it.
 
     Args:
         checkpoints: the workdir's.
@@ -55,31 +49,7 @@ def resume(
     """
     if not checkpoints.steps():
         return None
-    _refuse_another(checkpoints.metadata(), config, sections, may_differ, stream)
-    placed = {
-        name: jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            tree,
-            sharding[name],
-        )
-        for name, tree in abstract.items()
-    }
-    found = checkpoints.restore(placed, warn=say)
-    if found is None:
-        return None
-    step, trees = found
-    say(f"resuming from step {step}")
-    return Resumed(step, trees, checkpoints.metadata(step)["position"]["images"])
-
-
-def _refuse_another(
-    metadata: Mapping[str, Any],
-    config: Mapping[str, Any],
-    sections: tuple[str, ...],
-    may_differ: tuple[str, ...],
-    stream: Mapping[str, Any],
-) -> None:
-    """Raises for a checkpoint that this run cannot go on from."""
+    metadata = checkpoints.metadata()
     saved, position = metadata.get("config", {}), metadata.get("position", {})
     here = {
         section: {name: value for name, value in config[section].items() if name not in may_differ}
@@ -89,10 +59,24 @@ def _refuse_another(
         section: {name: value for name, value in saved.get(section, {}).items() if name in fields}
         for section, fields in here.items()
     }
-    if found := differences(there, here):
-        raise CheckpointError(f"the workdir holds another model: {found}")
-    if found := differences({name: position.get(name) for name in stream}, stream):
+    if phrases := differences(there, here):
+        raise CheckpointError(f"the workdir holds another model: {phrases}")
+    if phrases := differences({name: position.get(name) for name in stream}, stream):
         raise CheckpointError(
-            f"the workdir's run is in the middle of other data: {found}; give a new run a workdir"
+            f"the workdir's run is in the middle of other data: {phrases}; give a new run a workdir"
             " of its own"
         )
+    placed = {
+        name: jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            tree,
+            sharding[name],
+        )
+        for name, tree in abstract.items()
+    }
+    restored = checkpoints.restore(placed, warn=say)
+    if restored is None:
+        return None
+    step, trees = restored
+    say(f"resuming from step {step}")
+    return Resumed(step, trees, checkpoints.metadata(step)["position"]["images"])

@@ -1,15 +1,13 @@
-"""Checkpoints of a run: written asynchronously, the newest whole one restored on any hosts."""
-
-from __future__ import annotations
+"""Checkpoints of a run: Orbax writes them in the background, the newest intact one is restored."""
 
 import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 from etils import epath
@@ -17,29 +15,32 @@ from jaxtyping import PyTree
 from orbax.checkpoint import utils as orbax_utils
 from orbax.checkpoint import v1 as ocp
 
-from enat_jax.checkpoints.digests import find_damage, write_digests
-from enat_jax.errors import UserError
-from enat_jax.parallel.agreement import FailedOnAHost, agreed, from_all
+from enat_jax.checkpoints.digests import find_corruption, write_digests
+from enat_jax.errors import UserError, differences
+from enat_jax.parallel.hosts import from_primary, is_primary, several
 
+T = TypeVar("T")
 _LOGGER = logging.getLogger(__name__)
-_MOST_NAMED = 8  # fields named in one error line
-_T = TypeVar("_T")
 
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written, read, or is of another model; the message is one line."""
 
 
-class _Damage(Exception):
-    """A checkpoint is not as it was written; the message says in one line what is wrong."""
+class _CorruptError(Exception):
+    """A checkpoint is not as it was written."""
 
 
 class Checkpoints:
     """The checkpoints in one directory, a numbered directory for each step.
 
     With `read_only` nothing is created, cleaned or moved: a run may be writing there. With several
-    processes all call every method together, on one directory they share, and all see the same: a
-    checkpoint that one of them finds damaged is damaged for all.
+    processes all call every method together, on one directory they share; the primary writes and
+    verifies the digests, and all see what it sees.
+
+    Attributes:
+        last_save_seconds: from the start of the newest complete save to its commit, mostly in the
+            background; None before the first.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 3, read_only: bool = False):
@@ -47,33 +48,22 @@ class Checkpoints:
         self._directory = path if "://" in str(directory) else path.expanduser().absolute()
         self._saving: tuple[int, Future[None]] | None = None
         self._background = ThreadPoolExecutor(1, "checkpoint")
-        self._last_save_seconds: float | None = None
-        self._verified: dict[tuple[int, frozenset[str] | None], bool | str] = {}
+        self.last_save_seconds: float | None = None
         self._checkpointer: ocp.training.Checkpointer | None = None
         logging.getLogger("absl").addFilter(_is_not_an_orbax_error)
-        if read_only:
-            return
-        try:
+        if not read_only:
+            latest: Any = ocp.training.preservation_policies.LatestN(keep)
             self._checkpointer = ocp.training.Checkpointer(
-                self._directory,
-                preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
-                cleanup_tmp_directories=True,
+                self._directory, preservation_policy=latest, cleanup_tmp_directories=True
             )
-        except Exception as error:
-            raise CheckpointError(f"cannot write to {self._directory}: {_line(error)}") from error
-
-    @property
-    def last_save_seconds(self) -> float | None:
-        """From the start of the newest complete save to its commit, mostly in the background."""
-        return self._last_save_seconds
 
     def save(self, step: int, trees: Mapping[str, PyTree], *, metadata: dict) -> None:
         """Starts writing `trees` as they are now; a step already saved is left alone.
 
         The trees hold global arrays, and each can be read without the others. `metadata` is
-        whatever JSON can hold, usually the run's config and the position in its data. As soon as
-        the step is committed, digests of its files are put beside them, by the same background
-        thread. Raises CheckpointError if this save cannot start or the one before it failed.
+        whatever JSON can hold, usually the run's config and the position in its data. Once the
+        step is committed, digests of its files are put beside them, in the background, too.
+        Raises CheckpointError if this save cannot start or the one before it failed.
         """
         if self._checkpointer is None:
             raise CheckpointError(f"{self._directory} was opened to be read only")
@@ -81,10 +71,10 @@ class Checkpoints:
         if step in self.steps():
             return
         started = time.monotonic()
-        saved_as = {"fields": _shapes(trees), "metadata": metadata}
+        record: dict[str, Any] = {"fields": _shapes(trees), "metadata": metadata}
         try:
             response = self._checkpointer.save_checkpointables_async(
-                step, dict(trees), force=True, custom_metadata=saved_as
+                step, dict(trees), force=True, custom_metadata=record
             )
         except Exception as error:
             raise self._not_saved(step, error) from error
@@ -117,33 +107,23 @@ class Checkpoints:
                 self._checkpointer.close()
 
     def steps(self) -> list[int]:
-        """The steps saved completely, ascending; a damaged one is among them until it is read."""
+        """The steps saved completely, ascending; a corrupt one is among them until it is read."""
 
         def listed() -> list[int]:
             there = self._directory.exists()
             return sorted(orbax_utils.checkpoint_steps(self._directory)) if there else []
 
-        try:
-            steps = _agreed(listed)
-        except FailedOnAHost as error:
-            raise CheckpointError(f"cannot list {self._directory}: {error}") from error
-        return [int(step) for step in from_all(" ".join(map(str, steps)))[0].split()]
+        return from_primary(listed)
 
-    def metadata(self, step: int | None = None, *, trees: Collection[str] | None = None) -> dict:
-        """What `save` was given as `metadata`: of `step`, or of the one `restore` would read.
+    def metadata(self, step: int | None = None) -> dict:
+        """What `save` was given as `metadata`, at `step` or else the newest that has it intact.
 
-        Args:
-            step: its metadata alone is verified.
-            trees: without a step, the names of the trees that `restore` will be asked for; None
-                for all. Their files are verified now, and not again by the next `restore`.
-
-        Raises CheckpointError if there is none, or none that is whole.
+        Raises CheckpointError if there is none.
         """
-        looked_into = trees if step is None else ()
-        found = self._newest_whole(step, lambda each: self._whole(each, looked_into)[0])
-        if found is None:
+        newest = self._newest(step, (), lambda _, record: record["metadata"])
+        if newest is None:
             raise CheckpointError(f"no checkpoint in {self._directory}")
-        return found[1]["metadata"]
+        return newest[1]
 
     def restore(
         self,
@@ -152,159 +132,107 @@ class Checkpoints:
         step: int | None = None,
         warn: Callable[[str], object] = _LOGGER.warning,
     ) -> tuple[int, dict[str, PyTree]] | None:
-        """Reads the newest checkpoint that is not damaged, or the one of `step`.
+        """Reads the newest checkpoint that is not corrupt, or the one of `step`.
 
         Neither the mesh nor the number of processes need be those it was saved from. The files
-        read are compared with their digests first; one without digests, which a kill between the
-        commit and them leaves behind, is used if it can be read.
+        read are compared with their digests first; where a kill came between the commit and them,
+        it is used if it can be read. Newer ones that are corrupt are renamed to `STEP.damaged`.
 
         Args:
             abstract: `jax.ShapeDtypeStruct` trees, only the ones wanted: no other is read. A leaf
                 has the dtype and sharding asked for when it comes back, or lies on one device.
             step: the one to read, with no other to fall back on.
-            warn: called with one line for each damaged checkpoint passed over, and with one if
-                what was read could not be verified.
+            warn: called with one line for each corrupt checkpoint passed over.
 
         Returns the step and its trees, or None where nothing is saved yet. Raises CheckpointError
-        if all are damaged, or one does not fit `abstract` or the memory.
+        if all are corrupt, or one does not fit `abstract` or the memory.
         """
-        placed = {name: jax.tree.map(_placed, tree) for name, tree in abstract.items()}
-        try:
-            found = self._newest_whole(step, lambda each: self._read(each, placed))
-        finally:
-            self._verified.clear()  # files may be damaged later
-        if found is None:
+        wanted = {name: jax.tree.map(_placed, tree) for name, tree in abstract.items()}
+        newest = self._newest(step, wanted, lambda at, record: self._load(at, record, wanted))
+        if newest is None:
             return None
-        whole, (trees, verified), damaged = found
-        for each, reason in damaged.items():
+        restored, trees, corrupt = newest
+        for each, reason in corrupt.items():
             warn(f"skipped the damaged checkpoint {self._directory / str(each)} ({reason})")
-        if not verified:
-            warn(
-                f"{self._directory / str(whole)} was read but could not be verified: digests of "
-                "its files are missing"
-            )
-        if damaged and self._checkpointer is not None:
-            self._set_aside(damaged)
+        if corrupt and self._checkpointer is not None:
+            from_primary(lambda: self._set_aside(corrupt))
             self._checkpointer.reload()
-        return whole, trees
+        return restored, trees
 
     def _commit(self, step: int, written: Callable[[], object], started: float) -> None:
         """Waits for Orbax, then writes the digests: work for the background thread."""
         written()  # it also ends a thread of Orbax's, which Checkpointer.wait() does not
-        self._last_save_seconds = time.monotonic() - started
-        directory = self._directory / str(step)
-        try:
-            write_digests(directory, jax.process_index(), jax.process_count())
-        except Exception as error:  # the checkpoint itself is whole
-            _LOGGER.warning("no digests for %s: %s", directory, _line(error))
+        self.last_save_seconds = time.monotonic() - started
+        if is_primary():
+            try:
+                write_digests(self._directory / str(step))
+            except Exception as error:  # the checkpoint itself is complete
+                _LOGGER.warning("no digests for %s/%s: %s", self._directory, step, _line(error))
 
-    def _newest_whole(
-        self, step: int | None, read: Callable[[int], _T]
-    ) -> tuple[int, _T, dict[int, str]] | None:
-        """The newest step `read` can read, what it read, and why newer ones were passed over."""
+    def _newest(
+        self, step: int | None, trees: Collection[str], read: Callable[[int, dict[str, Any]], T]
+    ) -> tuple[int, T, dict[int, str]] | None:
+        """The newest intact step, or `step`; what `read` makes of it; and the corrupt after it.
+
+        None where there is no step at all.
+        """
         self.wait()
-        steps, damaged = self.steps(), {}
+        steps, corrupt = self.steps(), {}
         if step is not None and step not in steps:
             there = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(f"no checkpoint of step {step} in {self._directory}: {there}")
-        for candidate in steps[::-1] if step is None else [step]:
-            try:
-                return candidate, read(candidate), damaged
-            except FailedOnAHost as error:
-                damaged[candidate] = str(error)
-        if not damaged:
+        for each in steps[::-1] if step is None else [step]:
+            record = from_primary(lambda at=each: self._examine(at, trees))
+            if not record["corrupt"]:
+                try:
+                    return each, read(each, record), corrupt
+                except _CorruptError as error:
+                    record["corrupt"] = str(error)
+            corrupt[each] = record["corrupt"]
+        if not corrupt:
             return None
-        told = "".join(f"; step {each}: {reason}" for each, reason in damaged.items())
-        raise CheckpointError(f"no readable checkpoint in {self._directory}{told}")
+        reasons = "".join(f"; step {each}: {reason}" for each, reason in corrupt.items())
+        raise CheckpointError(f"no readable checkpoint in {self._directory}{reasons}")
 
-    def _whole(self, step: int, trees: Collection[str] | None) -> tuple[dict, bool]:
-        """What a step was saved as, and whether all its digests were there to verify it."""
+    def _examine(self, step: int, trees: Collection[str]) -> dict[str, Any]:
+        """What is corrupt in a step, or else what `save` put beside its trees."""
         path = self._directory / str(step)
-        names = None if trees is None else frozenset(trees)
-        known = self._verified.get((step, names), self._verified.get((step, None)))
-
-        def verify() -> bool:
-            damage, complete = find_damage(path, trees, jax.process_index(), jax.process_count())
-            if damage:
-                raise _Damage(damage)
-            return complete
-
-        if known is None:
-            try:
-                known = _agreed(verify)
-            except FailedOnAHost as error:
-                known = str(error)
-            self._verified[step, names] = known
-        if isinstance(known, str):
-            raise FailedOnAHost(known)
-
-        def saved_as() -> dict:
-            saved = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-            return {"fields": saved["fields"], "metadata": saved["metadata"]}
-
-        return _agreed(saved_as), known
-
-    def _read(self, step: int, abstract: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], bool]:
-        path = self._directory / str(step)
-        saved_as, verified = self._whole(step, abstract)
-
-        def compare() -> None:
-            differences = _differences(saved_as["fields"], abstract)
-            if differences:
-                more = len(differences) - _MOST_NAMED
-                told = differences[:_MOST_NAMED] + ([f"and {more} more"] if more > 0 else [])
-                raise CheckpointError(f"{path} is of another model: {'; '.join(told)}")
-            for name in () if verified else abstract:  # `load` fails before its first barrier
-                ocp.metadata(path, checkpointable_name=name)
-
-        _agreed(compare)
-        return _agreed(lambda: _load(path, abstract)), verified
-
-    def _set_aside(self, steps: Iterable[int]) -> None:
-        """Renames damaged steps: left in place they would count as kept, and never be rewritten."""
-
-        def rename() -> None:
-            for step in steps if jax.process_index() == 0 else ():
-                aside = self._directory / f"{step}.damaged"
-                if aside.exists():
-                    aside.rmtree()
-                (self._directory / str(step)).rename(aside)
-
         try:
-            _agreed(rename)
-        except FailedOnAHost as error:
-            raise CheckpointError(f"cannot rename in {self._directory}: {error}") from error
+            if corrupt := find_corruption(path, trees):
+                return {"corrupt": corrupt}
+            saved = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+            return {"corrupt": "", "fields": saved["fields"], "metadata": saved["metadata"]}
+        except Exception as error:
+            return {"corrupt": _line(error)}
+
+    def _load(
+        self, step: int, record: dict[str, Any], abstract: Mapping[str, PyTree]
+    ) -> dict[str, PyTree]:
+        """Reads trees; raises _CorruptError if they cannot be read."""
+        path = self._directory / str(step)
+        fields = {name: shape for name, shape in record["fields"].items()
+                  if name.partition(".")[0] in abstract}  # fmt: skip
+        if phrases := differences(fields, _shapes(abstract)):
+            raise CheckpointError(f"{path} is of another model: {phrases}")
+        try:
+            return {name: ocp.load(path, tree, checkpointable_name=name)
+                    for name, tree in abstract.items()}  # fmt: skip
+        except Exception as error:
+            no_room = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+            if no_room or several():  # the others may have read it, or wait for this process to
+                raise CheckpointError(f"cannot read {path}: {_line(error)}") from error
+            raise _CorruptError(_line(error)) from error
+
+    def _set_aside(self, corrupt: Collection[int]) -> None:
+        """Renames corrupt steps: left in place they would count as kept, and never be rewritten."""
+        for step in corrupt:
+            aside = self._directory / f"{step}.damaged"
+            if aside.exists():
+                aside.rmtree()
+            (self._directory / str(step)).rename(aside)
 
     def _not_saved(self, step: int, error: Exception) -> CheckpointError:
         return CheckpointError(f"step {step} was not saved to {self._directory}: {_line(error)}")
-
-
-def _load(path: epath.Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Reads trees without waiting for other processes: one that fails must not keep them waiting.
-
-    Orbax counts what it loads, and the counts of all processes must agree when it saves: so one
-    that fails still begins to load every tree.
-    """
-    alone = ocp.Context()
-    alone.multiprocessing.primary_host = process = ocp.multihost.process_index()
-    alone.multiprocessing.active_processes = {process}
-    trees, reasons, no_room = {}, [], False
-    with alone:
-        for name, tree in abstract.items():
-            try:
-                trees[name] = ocp.load(path, tree, checkpointable_name=name)
-            except Exception as error:
-                no_room |= isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-                reasons.append(_line(error))
-    if no_room:
-        raise CheckpointError(f"no room for {path}: {reasons[0]}")
-    if reasons:
-        raise _Damage(reasons[0])
-    return trees
-
-
-def _agreed(work: Callable[[], _T]) -> _T:
-    return agreed(work, CheckpointError, _line)
 
 
 def _shapes(trees: Mapping[str, PyTree]) -> dict[str, list[int]]:
@@ -315,31 +243,12 @@ def _shapes(trees: Mapping[str, PyTree]) -> dict[str, list[int]]:
     return {name.removesuffix(".value"): shape for name, shape in zip(names, shapes, strict=True)}
 
 
-def _differences(saved: Mapping[str, list[int]], abstract: Mapping[str, PyTree]) -> list[str]:
-    """What keeps trees saved with these shapes from being read as `abstract`, a phrase each."""
-    wanted = _shapes(abstract)
-    names = {field.partition(".")[0] for field in saved}
-    differences = [f"{name} is not in it" for name in abstract if name not in names]
-    for field in sorted(saved.keys() | wanted.keys()):
-        if field.partition(".")[0] not in names.intersection(abstract):
-            continue
-        if field not in saved:
-            differences.append(f"{field} is not in it")
-        elif field not in wanted:
-            differences.append(f"{field} is only in it")
-        elif saved[field] != wanted[field]:
-            differences.append(f"{field} is {saved[field]} in it, not {wanted[field]}")
-    return differences
-
-
 def _placed(leaf: jax.ShapeDtypeStruct | jax.Array) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _line(error: BaseException) -> str:
-    if isinstance(error, _Damage):
-        return str(error)
     text = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0]
     text = text.partition(" See full TensorStore details")[0]
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from enat_jax.checkpoints.digests import weights_digest
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
-from enat_jax.checkpoints.weights_digest import weights_digest
 from enat_jax.config import TokenizerConfig
 from enat_jax.config_file import ConfigError, make_config
 from enat_jax.parallel.placement import Placement
@@ -166,8 +166,8 @@ def _read_vqgan_config(path: str | os.PathLike[str], dtype: str) -> tuple[VQGANC
     if not folder.is_dir():
         raise CheckpointError(f"tokenizer.weights = {os.fspath(path)!r} is no workdir of a VQGAN")
     checkpoints = Checkpoints(folder, read_only=True)
-    metadata = checkpoints.metadata(trees=["ema"])
+    metadata = checkpoints.metadata()
     if "vqgan" not in metadata:
         raise CheckpointError(f"{folder} holds another model than a VQGAN")
-    cfg = make_config(VQGANConfig, metadata["vqgan"], lambda _: [])
+    cfg = make_config(VQGANConfig, metadata["vqgan"])
     return dataclasses.replace(cfg, dtype=dtype), checkpoints

@@ -6,12 +6,12 @@ import sys
 
 from absl import flags
 
+from enat_jax.cli.shared_flags import required
 from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("config", None, "the config file", values, required=True)
+    required(values, config="the config file")
     flags.DEFINE_list("what", ["sample"], "sample, train, encode, decode, flops", values)
     flags.DEFINE_list("batch_sizes", ["1"], "images per call of the sampler", values)
     flags.DEFINE_list("dtypes", [], "float32, bfloat16; the config's by default", values)
@@ -24,7 +24,6 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     from enat_jax.config import load_config
     from enat_jax.tools.bench import bench
 
@@ -39,7 +38,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         dtypes=args.dtypes,
         layers=args.layers,
         repeats=args.repeats,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     text = json.dumps(result, indent=2)
     print(text)

@@ -5,11 +5,9 @@ import traceback
 
 from absl import flags
 
-_connected = False
-
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the flags; a cluster that JAX knows tells them by itself."""
+    """Defines the flags; a cluster that JAX knows tells their values by itself."""
     flags.DEFINE_string(
         "coordinator", None, "host:port of process 0, where there are several", values
     )
@@ -26,35 +24,27 @@ def define(values: flags.FlagValues) -> None:
 
 def connect(args: flags.FlagValues, *, listens: bool = False) -> None:
     """Meets the other processes of the run, before anything else of JAX: see `hosts.connect`."""
-    global _connected
     from enat_jax.parallel import hosts
 
-    _connected = True
     hosts.connect(
         args.coordinator, args.num_processes, args.process_id, wait=args.wait, listens=listens
     )
 
 
 def end(message: str, code: int) -> int:
-    """Says why the verb ends; where there are several processes, ends all of them."""
-    if _connected:
-        from enat_jax.parallel import hosts
-
+    """Prints why the verb ends; where there are several processes, ends all of them."""
+    hosts = sys.modules.get("enat_jax.parallel.hosts")
+    if hosts is not None:
         return hosts.end(message, code)
     print(message, file=sys.stderr)
     return code
 
 
 def end_by(error: Exception, verb: str) -> int:
-    """Ends a verb by an error that nobody foresaw: its traceback, unless another process is why."""
-    if not _connected:
+    """Ends a verb by an error that nobody foresaw, with its traceback."""
+    hosts = sys.modules.get("enat_jax.parallel.hosts")
+    if hosts is None or not hosts.several():
         raise error
-    from enat_jax.parallel import hosts
-
-    if not hosts.several():
-        raise error
-    loss = hosts.loss()
-    if not loss:
-        traceback.print_exception(error)
+    traceback.print_exception(error)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    return hosts.end(f"enat {verb}: {loss or reason}")
+    return hosts.end(f"enat {verb}: {reason}")

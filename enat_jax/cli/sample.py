@@ -7,34 +7,28 @@ from typing import Any
 from absl import flags
 
 from enat_jax.cli import host_flags
+from enat_jax.cli.shared_flags import generates
 from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("workdir", None, "a run, or its checkpoints", values, required=True)
-    flags.DEFINE_string("out", None, "a .png, a folder, or a .npz", values, required=True)
+    generates(values, out="a .png, a folder, or a .npz")
     flags.DEFINE_enum("format", "grid", ["grid", "png", "npz", "tokens"],
                       "a labelled grid, single PNGs, the ADM suite's npz, or token ids",
                       values)  # fmt: skip
     flags.DEFINE_list("classes", [], "class ids, such as 3,7; all by default", values)
     flags.DEFINE_integer("per_class", 10, "images of each class", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the noise", 0, 2**32 - 1, flag_values=values)
-    flags.DEFINE_integer(
-        "step", None, "which checkpoint; the newest by default", flag_values=values
-    )
     host_flags.define(values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     host_flags.connect(args)
     import numpy as np
 
     from enat_jax.config import override_config
     from enat_jax.data import pictures as images
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
-    from enat_jax.parallel.hosts import speaks
+    from enat_jax.parallel.compilation import keep_compiled_programs
+    from enat_jax.parallel.hosts import is_primary
     from enat_jax.sampling.sampler import load
 
     keep_compiled_programs()
@@ -51,7 +45,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         raise UserError(f"--out={out} must end in .npz for --format={args.format}")
     make = sampler.token_batches if args.format == "tokens" else sampler.image_batches
     batches = make(wanted, seed=args.seed)
-    if not speaks():  # the work is shared, the writing is not
+    if not is_primary():  # the work is shared, the writing is not
         for _ in batches:
             pass
         return 0

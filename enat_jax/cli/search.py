@@ -2,29 +2,25 @@
 
 from absl import flags
 
+from enat_jax.cli.shared_flags import generates, required
+
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("config", None, "the search's config file", values, required=True)
-    flags.DEFINE_string("workdir", None, "a run, or its checkpoints", values, required=True)
-    flags.DEFINE_string("out", None, "the search's folder, made or gone on in", values,
-                        required=True)  # fmt: skip
-    flags.DEFINE_integer(
-        "step", None, "which checkpoint; the newest by default", flag_values=values
-    )
+    required(values, config="the search's config file")
+    generates(values, out="the search's folder, made or gone on in", seed=False)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     from enat_jax.config import override_config
-    from enat_jax.experiments.search.config import load_search_config
+    from enat_jax.config_file import read_config
+    from enat_jax.experiments.search.config import SearchConfig
     from enat_jax.experiments.search.loop import search
     from enat_jax.experiments.search.training import alternate
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
+    from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.sampling.sampler import restore
 
     keep_compiled_programs()
-    cfg = load_search_config(args.config, overrides)
+    cfg = read_config(SearchConfig, args.config, overrides)
     restored = restore(
         args.workdir,
         step=args.step,

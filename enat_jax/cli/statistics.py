@@ -3,13 +3,12 @@
 from absl import flags
 
 from enat_jax.cli import host_flags
+from enat_jax.cli.shared_flags import required
 from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("config", None, "the config file", values, required=True)
-    flags.DEFINE_string("out", None, "the .npz to write", values, required=True)
+    required(values, config="the config file", out="the .npz to write")
     flags.DEFINE_integer(
         "size", None, "pixels per side; the config's by default", lower_bound=1, flag_values=values
     )
@@ -17,12 +16,11 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     host_flags.connect(args)
     from enat_jax.checkpoints.tokenizer import load_tokenizer
     from enat_jax.config import load_config
     from enat_jax.evaluation.statistics import reference_statistics
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
+    from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.parallel.placement import Placement
 
     keep_compiled_programs()

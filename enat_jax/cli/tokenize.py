@@ -3,26 +3,25 @@
 from absl import flags
 
 from enat_jax.cli import host_flags
+from enat_jax.cli.shared_flags import required
 from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("config", None, "the config file", values, required=True)
+    required(values, config="the config file")
     flags.DEFINE_integer("batch_size", 16, "images per device", lower_bound=1, flag_values=values)
     flags.DEFINE_string("check", None, "a .png: decode some of the records into it", values)
     host_flags.define(values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     host_flags.connect(args)
     from enat_jax.checkpoints.tokenizer import load_tokenizer
     from enat_jax.config import load_config
     from enat_jax.data.check_records import check_records
     from enat_jax.data.tokenize import tokenize
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
-    from enat_jax.parallel.hosts import speaker, speaks
+    from enat_jax.parallel.compilation import keep_compiled_programs
+    from enat_jax.parallel.hosts import is_primary, primary_only
     from enat_jax.parallel.placement import Placement
 
     keep_compiled_programs()
@@ -39,9 +38,9 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         grid=config.tokenizer.grid,
         batch_size=args.batch_size * placement.batch_shards,
         placement=placement,
-        say=speaker(print),
+        say=primary_only(print),
     )
-    if args.check and speaks():
+    if args.check and is_primary():
         check_records(config.data, tokenizer, args.check)
         print(f"decoded some of the records into {args.check}")
     return 0

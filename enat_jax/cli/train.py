@@ -3,23 +3,21 @@
 from absl import flags
 
 from enat_jax.cli import host_flags
+from enat_jax.cli.shared_flags import required
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("config", None, "the config file", values, required=True)
-    flags.DEFINE_string("workdir", None, "where the run lives", values, required=True)
+    required(values, config="the config file", workdir="where the run lives")
     host_flags.define(values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     host_flags.connect(args, listens=True)
     from enat_jax.config import load_config
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
-    from enat_jax.parallel.hosts import speaker
+    from enat_jax.parallel.compilation import keep_compiled_programs
+    from enat_jax.parallel.hosts import primary_only
     from enat_jax.training.train import train
 
     keep_compiled_programs()
-    train(load_config(args.config, overrides), args.workdir, say=speaker(print))
+    train(load_config(args.config, overrides), args.workdir, say=primary_only(print))
     return 0

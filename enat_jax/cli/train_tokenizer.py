@@ -3,24 +3,22 @@
 from absl import flags
 
 from enat_jax.cli import host_flags
+from enat_jax.cli.shared_flags import required
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.DEFINE_string("config", None, "the config file", values, required=True)
-    flags.DEFINE_string("workdir", None, "where the run lives", values, required=True)
+    required(values, config="the config file", workdir="where the run lives")
     host_flags.define(values)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     host_flags.connect(args, listens=True)
-    from enat_jax.parallel.compilation_cache import keep_compiled_programs
-    from enat_jax.parallel.hosts import speaker
-    from enat_jax.training.tokenizer_config import load_tokenizer_config
+    from enat_jax.config import load_tokenizer_config
+    from enat_jax.parallel.compilation import keep_compiled_programs
+    from enat_jax.parallel.hosts import primary_only
     from enat_jax.training.train_tokenizer import train_tokenizer
 
     keep_compiled_programs()
     config = load_tokenizer_config(args.config, overrides)
-    train_tokenizer(config, args.workdir, say=speaker(print))
+    train_tokenizer(config, args.workdir, say=primary_only(print))
     return 0

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from enat_jax.checkpoints.digests import file_digest
 from enat_jax.checkpoints.store import Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, abstract_vqgan
-from enat_jax.checkpoints.weights_digest import file_digest
 from enat_jax.config import Config, config_from_dict
 from enat_jax.convert.flax_file import is_flax_file, read_flax
 from enat_jax.convert.torch_file import read_weights
@@ -26,7 +26,7 @@ from enat_jax.evaluation.inception import Inception
 from enat_jax.models.autonat import weights as autonat_rules
 from enat_jax.models.enat import weights as enat_rules
 from enat_jax.models.import_table import ConvertError, apply_rules
-from enat_jax.sampling.program import abstract_params
+from enat_jax.models.networks import abstract_params
 from enat_jax.tokenizers import vqgan_weights as vqgan_rules
 from enat_jax.tokenizers.vqgan import VQGANConfig
 

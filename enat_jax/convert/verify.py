@@ -11,12 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from enat_jax.core.generate import StepRecord, generate, plan_generation
+from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.models.enat.network import ENAT
 from enat_jax.models.flops import step_flops
 from enat_jax.models.import_table import ConvertError
-from enat_jax.models.networks import Network
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -125,12 +125,10 @@ def _replay_uncompiled(
     new = slice(plan.previous, plan.previous + plan.new)
     in_order = jnp.take_along_axis(ids, order, axis=1)
     out = model(
-        model.condition(class_ids),
-        in_order[:, new],
-        order[:, new],
-        order[:, new.stop :],
-        [plan],
-        features=jnp.take_along_axis(features, order[:, : plan.previous, None], axis=1),
+        model.embed_condition(class_ids[:, None]),
+        Tokens(in_order[:, new], order[:, new], order[:, new.stop :]),
+        RowPlan((plan,)),
+        recalled=jnp.take_along_axis(features, order[:, : plan.previous, None], axis=1),
     )
     together = jnp.concatenate([part for part in out if part is not None], axis=1)
     together = jnp.take_along_axis(together, jnp.argsort(order, axis=1)[..., None], axis=1)
@@ -196,7 +194,7 @@ def _sampled(model: ENAT, own: Arrays, shared: Arrays) -> dict[str, np.ndarray]:
 
 
 def decisions(
-    model: Network, strategy: GenerationStrategy, shared: Arrays, masked_after: np.ndarray
+    model: Any, strategy: GenerationStrategy, shared: Arrays, masked_after: np.ndarray
 ) -> dict[str, np.ndarray]:
     """What our own sampler decides at every step, in raster order.
 
@@ -229,7 +227,6 @@ def decisions(
             traced,
             recorded_noise(shared["gumbel_sample"], shared["gumbel_conf"]),
             layout=layout,
-            null_class_id=model.cfg.null_class_id,
             record=True,
         )
 

@@ -9,6 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from enat_jax.convert.verify import Arrays, Comparison, compare, decisions, something
+from enat_jax.core.network import RowPlan, Tokens
+from enat_jax.core.plans import Plan
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.models.autonat.network import AutoNAT
 
@@ -50,7 +52,9 @@ def replay_autonat(
 def _replay_uncompiled(graphdef: Any, params: Any, ids: Any, class_ids: Any) -> Array:
     model = nnx.merge(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return model.logits(model(model.condition(class_ids), ids, positions))
+    tokens = Tokens(ids, positions, positions[:, :0])  # mask ids are among the visible ones
+    row = RowPlan((Plan(0, ids.shape[1], 0),))
+    return model.logits(model(model.embed_condition(class_ids[:, None]), tokens, row).new)
 
 
 _replay = jax.jit(_replay_uncompiled, static_argnums=0)

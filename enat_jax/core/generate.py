@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
+from enat_jax.core.network import Network, RowPlan, Tokens
 from enat_jax.core.plans import Bucket, Plan, generation_plans, group_into_buckets
 from enat_jax.core.strategy import GenerationStrategy
 
@@ -19,34 +20,8 @@ Noise = Callable[
 """(step, positions) -> standard Gumbel noise on the logits and on the confidence there."""
 
 
-@runtime_checkable
-class Network(Protocol):
-    """What the loop asks of a network; every leaf of its state has the batch as its first axis."""
-
-    def condition(self, class_ids: Int[Array, " b"]) -> Any:
-        """What the class contributes, the same at every step."""
-        ...
-
-    def initial_state(self, batch: int, capacity: int) -> Any:
-        """State carried from step to step, with room for `capacity` revealed tokens."""
-        ...
-
-    def predict(
-        self,
-        condition: Any,
-        state: Any,
-        token_ids: Int[Array, "b n"],
-        positions: Int[Array, "b n"],
-        masked_positions: Int[Array, "b m"],
-        shape: Plan,
-        counts: Plan | None,
-    ) -> tuple[Float[Array, "b m v"], Any]:
-        """Logits of the masked tokens and the next state."""
-        ...
-
-
 class TracedStrategy(NamedTuple):
-    """A strategy's numbers as the loop reads them: traced, `[t]` each.
+    """A strategy's numbers as the loop reads them: traced, one per step.
 
     Changing them never recompiles, as long as the counts fit the layout's shapes.
     """
@@ -55,10 +30,10 @@ class TracedStrategy(NamedTuple):
     previous: Int[Array, " t"]
     new: Int[Array, " t"]
     masked: Int[Array, " t"]
-    revealed: Int[Array, " t"]  # tokens that this step reveals
     choice_temperature: Float[Array, " t"]
     sampling_temperature: Float[Array, " t"]
     guidance_scale: Float[Array, " t"]
+    priority: Float[Array, "t l"]  # of each position, see `core.orders`
 
 
 @dataclass(frozen=True)
@@ -128,16 +103,18 @@ def guided_steps(
 
 def trace_strategy(strategy: GenerationStrategy, plans: Sequence[Plan]) -> TracedStrategy:
     """A strategy's traced numbers for given plans."""
+    priority = np.zeros(sum(plans[0])) if strategy.priority is None else strategy.priority
+    priority = np.broadcast_to(priority, (len(plans), sum(plans[0])))
     previous, new, masked = (jnp.array(counts, jnp.int32) for counts in zip(*plans, strict=True))
     return TracedStrategy(
         step=jnp.arange(len(plans)),
         previous=previous,
         new=new,
         masked=masked,
-        revealed=masked - jnp.append(masked[1:], 0),
         choice_temperature=jnp.asarray(strategy.choice_temperature, jnp.float32),
         sampling_temperature=jnp.asarray(strategy.sampling_temperature, jnp.float32),
         guidance_scale=jnp.asarray(strategy.guidance_scale, jnp.float32),
+        priority=jnp.asarray(priority, jnp.float32),
     )
 
 
@@ -165,12 +142,12 @@ class State(NamedTuple):
     Attributes:
         order: positions in the order they were revealed, then the masked ones, then padding.
         token_ids: the id at `order`; meaningless at masked positions.
-        features: the network's state, both branches of an image side by side in the batch.
+        memory: the network's, both branches of an image side by side in the batch.
     """
 
     order: Int[Array, "b l"]
     token_ids: Int[Array, "b l"]
-    features: Any
+    memory: PyTree
 
 
 class StepRecord(NamedTuple):
@@ -197,32 +174,35 @@ class StepRecord(NamedTuple):
 
 def generate(
     network: Network,
-    class_ids: Int[Array, " b"],
+    condition: PyTree,
     strategy: TracedStrategy,
     noise: Noise,
     *,
     layout: Layout,
-    null_class_id: int,
     record: bool = False,
 ) -> tuple[Int[Array, "b l"], list[StepRecord]]:
     """Generates the token ids of images, in raster order.
 
     Args:
-        network: ENAT, or anything that answers the same calls.
-        class_ids: the images' classes.
+        network: predicts masked tokens.
+        condition: what the images are generated from, leaves `[b ...]`, such as class ids.
         strategy: the strategy's traced numbers.
         noise: standard Gumbel noise per step and position.
         layout: the strategy's static shapes.
-        null_class_id: class of the unconditional branch.
         record: also return what every step decided.
 
     Returns:
         Token ids, and per bucket its steps' records stacked (empty unless `record`).
     """
-    batch = class_ids.shape[0]
+    batch = jax.tree.leaves(condition)[0].shape[0]
     branches = 2 if any(bucket.guided for bucket in layout.buckets) else 1
-    both = jnp.stack([class_ids, jnp.full_like(class_ids, null_class_id)][:branches], axis=1)
-    condition = network.condition(rearrange(both, "b r -> (b r)"))
+    condition = jax.tree.map(lambda x: x[:, None], condition)  # one image a row
+    both = jax.tree.map(
+        lambda given, null: rearrange([given, null][:branches], "r b ... -> (b r) ..."),
+        condition,
+        network.null_condition(condition),
+    )
+    embedded = network.embed_condition(both)
 
     reach = [(p.previous, bucket.shape) for bucket in layout.buckets for p in bucket.plans]
     capacity = 0
@@ -233,7 +213,7 @@ def generate(
     state = State(
         order=repeat(order, "l -> b l", b=batch),
         token_ids=jnp.zeros((batch, room), jnp.int32),
-        features=network.initial_state(branches * batch, capacity),
+        memory=network.initial_memory(branches * batch, capacity),
     )
 
     records = []
@@ -245,7 +225,7 @@ def generate(
         def body(
             state: State, step: TracedStrategy, bucket: Bucket = bucket
         ) -> tuple[State, StepRecord | None]:
-            return _step(network, condition, state, step, noise, bucket, branches, record)
+            return _step(network, embedded, state, step, noise, bucket, branches, record)
 
         if len(bucket.plans) == 1:
             state, recorded = body(state, jax.tree.map(lambda x: x[0], steps))
@@ -261,7 +241,7 @@ def generate(
 
 def _step(
     network: Network,
-    condition: Any,
+    condition: PyTree,
     state: State,
     step: TracedStrategy,
     noise: Noise,
@@ -282,22 +262,17 @@ def _step(
     positions = take(state.order, visible, shape.masked)
 
     running = 2 if bucket.guided else 1
-    token_ids, new_positions, masked_positions = (
-        jnp.repeat(x, running, axis=0) for x in (*new, positions)
+    tokens = Tokens(*(jnp.repeat(x, running, axis=0) for x in (*new, positions)))
+    kept = slice(None, None, branches // running)  # the conditional rows, where only they run
+    logits, memory = network.predict(
+        jax.tree.map(lambda x: x[kept], condition),
+        jax.tree.map(lambda x: x[kept], state.memory),
+        tokens,
+        RowPlan((shape,), counts),
     )
-    branch = _select_branches(branches, running)
-    logits, features = network.predict(
-        jax.tree.map(branch, condition),
-        jax.tree.map(branch, state.features),
-        token_ids,
-        new_positions,
-        masked_positions,
-        shape,
-        counts,
-    )
-    if running < branches:  # the unconditional branch had nothing to add to its features
-        features = jax.tree.map(lambda old, x: old.at[::branches].set(x), state.features, features)
-    state = state._replace(features=features)
+    if running < branches:  # the unconditional branch had nothing to add to its memory
+        memory = jax.tree.map(lambda old, x: old.at[kept].set(x), state.memory, memory)
+    state = state._replace(memory=memory)
 
     logits = rearrange(logits, "(b r) m v -> r b m v", r=running)
     conditional, unconditional = logits[0], logits[-1]
@@ -310,7 +285,7 @@ def _step(
     sampled = jnp.argmax(log_probs / step.sampling_temperature + token_noise, axis=-1)
     sampled = sampled.astype(jnp.int32)
     confidence = jnp.take_along_axis(log_probs, sampled[..., None], axis=-1)[..., 0]
-    confidence = confidence + step.choice_temperature * choice_noise
+    confidence = confidence + step.choice_temperature * choice_noise + step.priority[positions]
     if counts is not None:  # padding ranks last
         confidence = jnp.where(jnp.arange(shape.masked) < counts.masked, confidence, -jnp.inf)
 
@@ -325,10 +300,3 @@ def _step(
     return state, StepRecord(
         positions, log_probs, conditional, unconditional, sampled, confidence, state.order
     )
-
-
-def _select_branches(branches: int, running: int) -> Callable[[Array], Array]:
-    """Keeps the conditional rows of a batch that holds both branches, where only they run."""
-    if branches == running:
-        return lambda x: x
-    return lambda x: x[::branches]

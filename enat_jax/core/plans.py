@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import betaincinv
 
 
 class Plan(NamedTuple):
@@ -79,7 +79,7 @@ def training_plans(
     total = programs * images_per_row
     rng = np.random.default_rng(seed)
     quantiles = (np.arange(total) + 0.5) / total
-    ratios = stats.beta.ppf(quantiles, *mask_beta)
+    ratios = betaincinv(*mask_beta, quantiles)
     masked = np.clip(np.rint(ratios * length).astype(int), 1, length - 1)
     rows = masked.reshape(images_per_row, programs).T  # row p holds quantiles p, p + programs, ...
 

@@ -1,12 +1,15 @@
 """A generation strategy: per step, how many tokens are revealed and with which temperatures."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import yaml
+
+from enat_jax.core.orders import ORDERS
 
 Rule = Literal["enat", "maskgit", "file"]
 Schedule = Literal["cosine", "linear", "square", "cubic", "sqrt", "log", "arccos"]
@@ -46,6 +49,8 @@ class StrategyConfig:
         guidance_scale: reached (almost) at the last step, linearly from 0 at the first.
         choice_temperature: Gumbel scale on the confidence before the first step, annealed to 0.
         sampling_temperature: divides logits; see `rule`.
+        order: what is revealed first: the tokens the network is most confident of, or positions in
+            an order of `core.orders`.
         reuse: whether steps reuse features of earlier ones, in networks that carry them.
         file: strategy YAML for `rule="file"`; a relative path is one from the current folder.
     """
@@ -54,9 +59,10 @@ class StrategyConfig:
     steps: int = 8
     schedule: Schedule = "cosine"
     masking: Masking = "enat"
-    guidance_scale: float = 2.5
-    choice_temperature: float = 1.5
-    sampling_temperature: float = 6.0
+    guidance_scale: float = field(default=2.5, metadata={"at_least": 0})
+    choice_temperature: float = field(default=1.5, metadata={"at_least": 0})
+    sampling_temperature: float = field(default=6.0, metadata={"above": 0})
+    order: str = "confidence"
     reuse: bool = True
     file: str = ""
 
@@ -71,6 +77,8 @@ class GenerationStrategy:
         sampling_temperature: divides the logits, > 0.
         guidance_scale: s in `c + s (c - u)`, >= 0.
         masking: how ratios become counts.
+        priority: of each position, added to the confidence it is ranked by, `[l]`, or `[t l]` where
+            steps differ; None for 0.
 
     Raises:
         ValueError: arrays of different lengths or values out of range, all named at once.
@@ -81,6 +89,7 @@ class GenerationStrategy:
     sampling_temperature: np.ndarray
     guidance_scale: np.ndarray
     masking: Masking = "enat"
+    priority: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         arrays = {name: np.asarray(getattr(self, name), np.float64) for name in _ARRAYS}
@@ -202,8 +211,16 @@ def make_strategy(cfg: StrategyConfig, length: int | None = None) -> GenerationS
     Raises:
         ValueError: a field out of range or an unreadable strategy file.
     """
+    if cfg.order not in ORDERS:
+        raise ValueError(f"order = {cfg.order!r} must be one of {', '.join(ORDERS)}")
+    priority = None
+    if cfg.order != "confidence":
+        if length is None:
+            raise ValueError(f"order = {cfg.order!r} needs the number of tokens per image")
+        priority = ORDERS[cfg.order](length)
     if cfg.rule == "file":
-        return read_strategy(cfg.file, steps=cfg.steps, masking=cfg.masking)
+        strategy = read_strategy(cfg.file, steps=cfg.steps, masking=cfg.masking)
+        return dataclasses.replace(strategy, priority=priority)
     if cfg.steps < 1:
         raise ValueError(f"steps is {cfg.steps}, must be at least 1")
     if cfg.schedule not in SCHEDULES:
@@ -225,6 +242,7 @@ def make_strategy(cfg: StrategyConfig, length: int | None = None) -> GenerationS
         sampling_temperature=sampling,
         guidance_scale=cfg.guidance_scale * step / cfg.steps,
         masking=cfg.masking,
+        priority=priority,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int32, UInt16
 
+from enat_jax.config import DataConfig
 from enat_jax.data.prepared import DataError, prepared_builder, quiet
 from enat_jax.data.record_plan import MAX_CODEBOOK_SIZE
 from enat_jax.data.stream import Share, own_part, shuffled
@@ -16,28 +17,6 @@ from enat_jax.data.stream import Share, own_part, shuffled
 Columns = tuple[UInt16[np.ndarray, "b n"], Int32[np.ndarray, " b"]]
 
 _CHUNK = 4096  # records decoded at a time: some MB
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which token records to read.
-
-    Attributes:
-        name: TFDS name of the data set.
-        data_dir: Folder of the prepared data sets; the newest version of `name` in it is read.
-        split: TFDS split, such as `train` or `train[:90%]`.
-        cache: Decode all records into host memory once (1.3 GB for both orientations of ImageNet
-            at 256 tokens) rather than each at every use.
-        read_threads: Threads that read batches where they are not cached.
-        prefetch_batches: Batches made ahead of their use.
-    """
-
-    name: str = "digits"
-    data_dir: str = "data"
-    split: str = "train"
-    cache: bool = True
-    read_threads: int = 4
-    prefetch_batches: int = 4
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
+from enat_jax.config import ImageConfig
 from enat_jax.data.crops import center_crop, decode_image, random_crop, reason
 from enat_jax.data.prepared import DataError, prepared_builder, quiet
 from enat_jax.errors import UserError
@@ -32,31 +32,6 @@ class UnreadableImage(UserError):
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
-
-
-@dataclass(frozen=True)
-class ImageConfig:
-    """Which images to read, and how they become records.
-
-    Attributes:
-        folder: A folder with a folder of images for each class; or
-        name: TFDS name of a prepared data set with `image` and `label`.
-        data_dir: Folder of the prepared data sets.
-        split: TFDS split, such as `train` or `train[:90%]`.
-        max_unreadable: Share of all images that may be unreadable, in [0, 1); they are skipped.
-        flips: Whether the mirror image of each image is recorded too.
-        shard_size: Images per shard: what a killed run repeats at most.
-        read_threads: Threads that read and decode.
-    """
-
-    folder: str = ""
-    name: str = ""
-    data_dir: str = "data"
-    split: str = "train"
-    max_unreadable: float = 0.01
-    flips: bool = True
-    shard_size: int = 4096
-    read_threads: int = 8
 
 
 class ImageSource(abc.ABC):

@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Int, UInt16
 
-from enat_jax.checkpoints.differences import differences
 from enat_jax.data.record_plan import RecordPlan, RecordsError, as_json, check_plan, some
+from enat_jax.errors import differences
 from enat_jax.files import to_disk, written_whole
 
 VERSION = "1.0.0"

@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 
 from enat_jax.errors import UserError
 from enat_jax.evaluation.scores import frechet_distance
-from enat_jax.parallel.compilation_cache import keep_compiled_programs
+from enat_jax.parallel.compilation import keep_compiled_programs
 from enat_jax.sampling.sampler import load
 
 

@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from enat_jax.checkpoints.differences import differences
-from enat_jax.checkpoints.weights_digest import file_digest, weights_digest
+from enat_jax.checkpoints.digests import file_digest, weights_digest
 from enat_jax.config import EvaluateConfig
-from enat_jax.errors import UserError
+from enat_jax.errors import UserError, differences
 from enat_jax.evaluation.collected import Collected
 from enat_jax.evaluation.features import FeatureExtractor
 from enat_jax.evaluation.inception import Features
@@ -23,8 +22,13 @@ from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.evaluation.moments import local_rows
 from enat_jax.evaluation.reference import read_reference
 from enat_jax.files import write_arrays, write_json
-from enat_jax.parallel.gather import from_first_host, gathered
-from enat_jax.parallel.hosts import require_agreement, speaker, speaks
+from enat_jax.parallel.hosts import (
+    all_gather,
+    from_primary,
+    is_primary,
+    primary_only,
+    require_agreement,
+)
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
 from enat_jax.tokenizers.levels import as_uint8
 
@@ -63,7 +67,7 @@ def evaluate(
         UserError: weights or reference statistics that are missing or wrong, a generator without
             a tokenizer, or an unfinished evaluation of something else beside `out`.
     """
-    say = speaker(say)
+    say = primary_only(say)
     cfg = restored.config.evaluate
     missing = [name for name in ("inception", "reference") if not getattr(cfg, name)]
     if missing:
@@ -108,7 +112,7 @@ def evaluate(
         state.remove()
         return found
 
-    return from_first_host(result)
+    return from_primary(result)
 
 
 def _run(
@@ -124,7 +128,7 @@ def _run(
         say(f"going on from image {start}")
     if start == total:
         return
-    hidden = None if speaks() else True  # None: hidden where nobody looks
+    hidden = None if is_primary() else True  # None: hidden where nobody looks
     with tqdm(total=total, initial=start, unit="image", disable=hidden) as bar:
         for count, made in _one_ahead(_features(sampler, state, extract, seed)):
             ids = np.arange(state.done, state.done + sampler.program.batch_size(total))
@@ -190,7 +194,7 @@ def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]
         },
         "step": restored.step,
         "model": dataclasses.asdict(config.model),
-        "model_digest": weights_digest(jax.tree.map(gathered, restored.ema)),
+        "model_digest": weights_digest(jax.tree.map(all_gather, restored.ema)),
         "tokenizer": config.tokenizer.name,
         "tokenizer_dtype": config.tokenizer.dtype,
         "tokenizer_digest": sampler.tokenizer.digest,
@@ -221,7 +225,7 @@ class _State:
         }
         self.keeps_features = keep_features
         self.collected = {}
-        self.done = from_first_host(lambda: self._open(cfg.num_images, about))
+        self.done = from_primary(lambda: self._open(cfg.num_images, about))
         if not self.collected:  # on the other hosts
             self.collected = {name: Collected.empty(cfg.num_images) for name in protocols}
 
@@ -252,7 +256,7 @@ class _State:
     def save(self) -> None:
         """Writes what all hosts gathered, whole or not at all; all call it together."""
         self.collected = {name: each.to_first_host() for name, each in self.collected.items()}
-        from_first_host(self._write)
+        from_primary(self._write)
 
     def _write(self) -> None:
         arrays: dict[str, Any] = {"about": np.array(self._about), "done": np.array(self.done)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from enat_jax.checkpoints.weights_digest import file_digest
+from enat_jax.checkpoints.digests import file_digest
 from enat_jax.convert.torch_file import read_weights
 from enat_jax.evaluation.inception import Inception
 from enat_jax.models.import_table import ConvertError, Rule, apply_rules, transpose

@@ -3,15 +3,14 @@
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 from sklearn.datasets import load_digits
 
-from enat_jax.config import Config
+from enat_jax.config import Config, ObjectiveConfig, Wants
 from enat_jax.errors import UserError
 from enat_jax.evaluation.digits_score import Judge
 from enat_jax.evaluation.features import FeatureExtractor
@@ -20,40 +19,15 @@ from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.evaluation.moments import Moments, across_hosts, local_rows, sum_across_hosts
 from enat_jax.evaluation.reference import read_reference
 from enat_jax.evaluation.scores import frechet_distance_of_moments
-from enat_jax.parallel.gather import gathered
+from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
 
-Wants = Literal["token_ids", "floats", "uint8"]
 Function = Callable[[Shaped[np.ndarray, "b ..."], Int[np.ndarray, " b"]], float]
 Batch = Shaped[Array, "b ..."] | Shaped[np.ndarray, "b ..."]
 
 
 class ObjectiveError(UserError):
     """An objective that does not exist, or that the generator cannot be judged by."""
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is minimised.
-
-    Attributes:
-        name: `fid`; `digits` (Frechet distance of pixels, and accuracy, on the digits data set); or
-            `package.module:function`, an importable function of all token ids or images and their
-            class ids that returns a number, less being better.
-        output: what a function is given: token ids `[b n]`, images in [0, 1] or ones of 256 levels
-            `[b y x 3]`. FID takes `floats` or `uint8`, see `evaluate.protocol`.
-        inception: path of `pt_inception-2015-12-05-6726825d.pth`, for FID.
-        inception_digest: how that file's SHA-256 begins.
-        reference: path of the real images' statistics, for FID.
-        batch_size: images that a device looks at at a time, for FID.
-    """
-
-    name: str = "fid"
-    output: Wants = "floats"
-    inception: str = ""
-    inception_digest: str = "6726825d"
-    reference: str = ""
-    batch_size: int = 16
 
 
 @runtime_checkable
@@ -181,7 +155,7 @@ class _Kept:
         self._classes: list[np.ndarray] = []
 
     def add(self, made: Batch, class_ids: Int[np.ndarray, " m"]) -> None:
-        whole = gathered(made) if isinstance(made, jax.Array) else made
+        whole = all_gather(made) if isinstance(made, jax.Array) else made
         self._made.append(np.asarray(whole)[: len(class_ids)])
         self._classes.append(np.asarray(class_ids))
 

@@ -16,7 +16,7 @@ from enat_jax.evaluation.inception import POOL_FEATURES
 from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.evaluation.moments import Moments
 from enat_jax.evaluation.scores import frechet_distance_of_moments
-from enat_jax.parallel.gather import gathered
+from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.levels import as_uint8
 
@@ -117,7 +117,7 @@ class HeldOut:
             errors.append(np.asarray(error)[:count])
             token_ids.append(np.asarray(ids)[:count])
             if start < self._pictures:
-                shown.append(gathered(made)[:count])
+                shown.append(all_gather(made)[:count])
             if self._features:
                 made_moments = made_moments.add(self._pool(made)[:count])
         scores = {
@@ -137,7 +137,7 @@ class HeldOut:
 
     def _pool(self, images: Array) -> np.ndarray:
         assert self._features is not None
-        return gathered(self._features(images).pool)
+        return all_gather(self._features(images).pool)
 
     def _distance(self, made: Moments) -> float:
         """Frechet distance between the originals' features and the reconstructions'."""

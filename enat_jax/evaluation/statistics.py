@@ -17,8 +17,7 @@ from enat_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES
 from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.evaluation.moments import Moments, across_hosts, sum_across_hosts
 from enat_jax.evaluation.reference import write_reference
-from enat_jax.parallel.gather import from_first_host
-from enat_jax.parallel.hosts import speaker
+from enat_jax.parallel.hosts import from_primary, primary_only
 from enat_jax.parallel.placement import MeshConfig, Placement
 
 MOST_FEATURES = 10_000  # of single images: as many as ADM's reference batches hold images
@@ -62,7 +61,7 @@ def reference_statistics(
         placement,
         at_once=cfg.batch_size,
     )
-    tell = speaker(say)
+    tell = primary_only(say)
     tell(source.summary)
     pool, spatial = Moments.empty(POOL_FEATURES), Moments.empty(SPATIAL_FEATURES)
     every = -(-len(source) // MOST_FEATURES)
@@ -103,7 +102,7 @@ def reference_statistics(
     # a row is of one host, and zeros of the others
     single = sum_across_hosts(single.astype(np.float64)).astype(np.float32)
     single = single[sum_across_hosts(kept) > 0]
-    from_first_host(
+    from_primary(
         lambda: write_reference(out, pool, spatial, single, source=source.name, image_size=size)
     )
     tell(f"wrote the statistics of {pool.count} images of {size} x {size} pixels to {out}")

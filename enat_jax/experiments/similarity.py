@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 
 from enat_jax.config import TokenizerConfig
 from enat_jax.core.generate import Layout, TracedStrategy, generate, image_noise
+from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.errors import UserError
 from enat_jax.files import write_arrays, write_json
-from enat_jax.models.autonat.network import AutoNAT
-from enat_jax.models.networks import Network
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import Restored, Sampler
 
@@ -121,7 +120,7 @@ def similarity(
 
 
 def step_features(
-    network: Network,
+    network: Any,
     class_ids: Int[Array, " b"],
     token_ids: Int[Array, "b n"],
     order: Int[Array, "b n"],
@@ -142,31 +141,20 @@ def step_features(
     Returns:
         One array per step, float32, in raster order.
     """
-    condition: Any = network.condition(class_ids)
+    condition = network.embed_condition(class_ids[:, None])
     ids = jnp.take_along_axis(token_ids, order, axis=1)
     back = jnp.argsort(order, axis=1)[..., None]
     carried: Any = None
     found = []
     for plan in plans:
         new = slice(plan.previous, plan.previous + plan.new)
-        if isinstance(network, AutoNAT):
-            masks = jnp.full_like(ids[:, new.stop :], network.cfg.mask_id)
-            features = network(condition, jnp.concatenate([ids[:, new], masks], axis=1), order)
-        else:
-            reused = carried if plan.previous else None
-            parts = network(
-                condition,
-                ids[:, new],
-                order[:, new],
-                order[:, new.stop :],
-                [plan],
-                features=reused,
-            )
-            there = [part for part in parts if part is not None]
-            old = parts.previous if network.cfg.reproject else reused
-            handed_on = [part for part in (old, parts.new) if part is not None]
-            carried = jnp.concatenate(handed_on, axis=1) if handed_on else None
-            features = jnp.concatenate(there, axis=1)
+        tokens = Tokens(ids[:, new], order[:, new], order[:, new.stop :])
+        recalled = carried if plan.previous else None
+        out = network(condition, tokens, RowPlan((plan,)), recalled=recalled)
+        old = recalled if not getattr(network.cfg, "reproject", True) else out.previous
+        handed_on = [part for part in (old, out.new) if part is not None]
+        carried = jnp.concatenate(handed_on, axis=1) if handed_on else None
+        features = jnp.concatenate([part for part in out if part is not None], axis=1)
         found.append(jnp.take_along_axis(features.astype(jnp.float32), back, axis=1))
     return found
 
@@ -278,7 +266,6 @@ def _compare(
         traced,
         noise,
         layout=layout,
-        null_class_id=cfg.null_class_id,
         record=True,
     )
     order = records[-1].order[-1][:, : cfg.length]

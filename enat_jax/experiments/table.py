@@ -7,8 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from enat_jax.checkpoints.differences import differences
-from enat_jax.errors import UserError
+from enat_jax.errors import UserError, differences
 from enat_jax.files import write_json, write_text
 
 ABOUT = "about.json"

@@ -1,7 +1,7 @@
 """Self-cross attention: queries read context tokens and each other in one softmax."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,23 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from enat_jax.models.config import Implementation
 from enat_jax.models.layers import Linear
 
-Implementation = Literal["xla", "cudnn"]
-Valid = Sequence[Bool[Array, "... k"]]
-"""Per image of a row, which tokens its queries may read: all of them (`[k]`) or each (`[n k]`)."""
+
+class Segments(NamedTuple):
+    """Whose tokens are whose in a row, along own tokens and along context.
+
+    Attributes:
+        own: own tokens of each image.
+        context: per block of context, the tokens of each image.
+        valid: per image, which of its context and own tokens (in this order) its queries may read:
+            all of them (`[k]`) or each (`[n k]`); None for all.
+    """
+
+    own: Sequence[int]
+    context: Sequence[Sequence[int]] = ()
+    valid: Sequence[Bool[Array, "... k"]] | None = None
 
 
 def attend(
@@ -51,21 +63,14 @@ def split_images(
 ) -> list[list[Float[Array, "b k h c"]]]:
     """Cuts an axis made of blocks, each block image after image, into the parts of each image.
 
-    One split instead of many slices: its backward pass is one concatenation.
-
-    Args:
-        x: the tokens.
-        blocks: per block, the number of tokens of each image.
-
-    Returns:
-        Per image, its part of each block; empty parts are left out.
+    One split instead of many slices: its backward pass is one concatenation. Empty parts are left
+    out.
     """
     counts = [count for block in blocks for count in block]
-    images = len(blocks[0])
-    parts: list[list[Array]] = [[] for _ in range(images)]
+    parts: list[list[Array]] = [[] for _ in blocks[0]]
     for index, part in enumerate(jax.lax.split(x, counts, axis=1)):
         if part.shape[1]:
-            parts[index % images].append(part)
+            parts[index % len(parts)].append(part)
     return parts
 
 
@@ -101,54 +106,38 @@ class SelfCrossAttention(nnx.Module):
         self,
         own: Float[Array, "b n d"],
         context: Float[Array, "b m d"] | None,
-        *,
-        own_counts: Sequence[int],
-        context_blocks: Sequence[Sequence[int]] = (),
-        valid: Valid | None = None,
+        segments: Segments,
     ) -> Float[Array, "b n d"]:
-        """Attends within each image of a row; where there is nothing to read, the result is 0.
+        """Attends within each image of a row; where there is nothing to read, values are 0.
 
         Args:
             own: the tokens that ask and are read, image after image.
             context: the tokens that are only read, blocks of images; None where there are none.
-            own_counts: own tokens of each image in the row.
-            context_blocks: per block of the context, the tokens of each image.
-            valid: which of an image's context and own tokens (in this order) may be read.
+            segments: whose tokens are whose.
         """
         sources: list[tuple[Array, Sequence[Sequence[int]]]] = []
-        if self.own_key_value is not None:
-            sources.append((self.own_key_value(own), [own_counts]))
         if context is not None and self.context_key_value is not None:
-            sources.insert(0, (self.context_key_value(context), context_blocks))
-        keys: list[list[Array]] = [[] for _ in own_counts]
-        values: list[list[Array]] = [[] for _ in own_counts]
+            sources.append((self.context_key_value(context), segments.context))
+        if self.own_key_value is not None:
+            sources.append((self.own_key_value(own), [segments.own]))
+        keys: list[list[Array]] = [[] for _ in segments.own]
+        values: list[list[Array]] = [[] for _ in segments.own]
         for key_value, blocks in sources:
-            for parts, whole in zip((keys, values), jnp.split(key_value, 2, axis=2), strict=True):
-                for image, found in enumerate(split_images(self._heads(whole[:, :, 0]), blocks)):
-                    parts[image] += found
-        queries = split_images(self._heads(self.query(own)), [own_counts])
-        masks = [None] * len(queries) if valid is None else valid
-        out = [
-            attend(
-                q[0],
-                _concatenate(k),
-                _concatenate(v),
-                valid=mask,
-                implementation=self.implementation,
-            )
-            if k
-            else jnp.zeros_like(q[0])
-            for q, k, v, mask in zip(queries, keys, values, masks, strict=True)
-            if q
-        ]
-        y = self.out(rearrange(_concatenate(out), "b n h c -> b n (h c)"))
-        if self.own_key_value is None:  # a token that reads itself always has something to read
-            anything = [
-                jnp.full(count, bool(k)) & (True if mask is None else jnp.any(mask))
-                for count, k, mask in zip(own_counts, keys, masks, strict=True)
-            ]
-            y = jnp.where(jnp.concatenate(anything)[:, None], y, 0)
-        return y
+            for parts, both in zip((keys, values), jnp.split(key_value, 2, axis=2), strict=True):
+                for image, own_parts in enumerate(split_images(self._heads(both[:, :, 0]), blocks)):
+                    parts[image] += own_parts
+        queries = split_images(self._heads(self.query(own)), [segments.own])
+        out = []
+        for image, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+            if not q:
+                continue
+            if not k:
+                out.append(jnp.zeros_like(q[0]))
+                continue
+            valid = None if segments.valid is None else segments.valid[image]
+            k, v = _concatenate(k), _concatenate(v)
+            out.append(attend(q[0], k, v, valid=valid, implementation=self.implementation))
+        return self.out(rearrange(_concatenate(out), "b n h c -> b n (h c)"))
 
     def _heads(self, x: Float[Array, "b n d"]) -> Float[Array, "b n h c"]:
         return rearrange(x, "b n (h c) -> b n h c", h=self.num_heads)

@@ -1,4 +1,4 @@
-"""The small layers every network is made of: linear, normalisation, MLP, embeddings."""
+"""The small layers every network is made of: linear, normalisation, MLP, embeddings, head."""
 
 import math
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 xavier_uniform = nnx.initializers.xavier_uniform()
 zeros = nnx.initializers.zeros_init()
 EMBEDDING_STD = 0.02
+HEAD_EPSILON = 1e-5  # of the norms after the last block
 LINEAR = "linear"  # what the outputs of linear layers are called where remat chooses what to keep
 
 
@@ -197,3 +198,31 @@ def dropout(x: Float[Array, "*b d"], rate: float, key: jax.Array | None) -> Floa
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+class Head(nnx.Module):
+    """BERT's masked-token head; its output matrix is the embedding's, without its gradient."""
+
+    def __init__(
+        self,
+        width: int,
+        codebook_size: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        kernel_init: nnx.Initializer = xavier_uniform,
+    ):
+        self.dtype = dtype
+        self.norm_in = LayerNorm(width, epsilon=HEAD_EPSILON)
+        self.linear = Linear(width, width, dtype=dtype, rngs=rngs, kernel_init=kernel_init)
+        self.norm_out = LayerNorm(width, epsilon=HEAD_EPSILON)
+        self.bias = nnx.Param(jnp.zeros(codebook_size + 1))  # the mask's is never used
+
+    def __call__(
+        self, x: Float[Array, "b m d"], word: Float[Array, "w d"]
+    ) -> Float[Array, "b m v"]:
+        """Logits over the codebook, float32, the mask token's column left out."""
+        x = jax.nn.gelu(self.linear(self.norm_in(x)).astype(jnp.float32), approximate=False)
+        codes = jax.lax.stop_gradient(word[:-1]).astype(self.dtype)
+        logits = product(self.norm_out(x).astype(self.dtype), codes.T)
+        return logits + self.bias[...][:-1]

@@ -1,16 +1,16 @@
 """A stack of equal blocks, run as a scan over depth or as a plain loop."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from enat_jax.models.config import Remat
 from enat_jax.models.layers import LINEAR, UNPLACED
 
-Remat = Literal["none", "block", "dots"]
 Block = TypeVar("Block", bound=nnx.Module)
 
 

@@ -17,33 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PyTree
 
+from enat_jax.config import MeshConfig, Policy
 from enat_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-
-Policy = Literal["replicated", "zero1", "zero2", "fsdp"]
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; -1 for one axis means all that are left.
-
-    Attributes:
-        data: copies of the model, each with its share of the batch.
-        fsdp: shares of every large parameter, as `placement` says, and of the batch.
-        tensor: shares of heads and of the MLP's hidden width.
-        placement: what the axis `fsdp` shares out. `replicated`: nothing. `zero1`: the optimiser's
-            state and the gradients. `zero2`: parameters and their moving average as well, gathered
-            once at the start of a step, in the activations' type. `fsdp`: the same, but gathered
-            layer by layer, each time they are used: the least memory.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    placement: Policy = "zero2"
-
 
 # path of a parameter -> how its last axes lie on the mesh; the first match counts
 RULES = (

@@ -14,18 +14,13 @@ from enat_jax.core.strategy import GenerationStrategy, make_strategy
 from enat_jax.errors import UserError
 from enat_jax.models.flops import step_flops
 from enat_jax.models.layers import cast_kernels
-from enat_jax.models.networks import Network, NetworkConfig, make_network
+from enat_jax.models.networks import abstract_params, make_network
 from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.levels import as_uint8
 from enat_jax.tokenizers.protocol import Tokenizer
 
 Layers = Literal["auto", "stacked", "unstacked"]
 Output = Literal["token_ids", "floats", "uint8"]
-
-
-def abstract_params(cfg: NetworkConfig) -> tuple[Any, nnx.State]:
-    """The network's structure and the shapes of its parameters, without any memory."""
-    return nnx.split(nnx.eval_shape(lambda: make_network(cfg, rngs=nnx.Rngs(0))), nnx.Param)
 
 
 class GenerationProgram:
@@ -69,7 +64,7 @@ class GenerationProgram:
         self._unstacked = layers == "unstacked" or (layers == "auto" and on_cpu)
         self.stored = placement.params(abstract_params(config.model)[1])
         self.params = placement.params(jax.eval_shape(self._prepare, self.stored))
-        self._graphdef = nnx.split(nnx.eval_shape(self._network), nnx.Param)[0]
+        self._graphdef = nnx.graphdef(nnx.eval_shape(self._network))
         by_image = placement.batch
         self.run = jax.jit(self._run, static_argnames=("layout", "output"), out_shardings=by_image)
         self.decode = jax.jit(self._images, static_argnames="output", out_shardings=by_image)
@@ -89,7 +84,7 @@ class GenerationProgram:
 
         return self._prepared(jax.tree.map(placed, params, self.stored))
 
-    def network(self, params: nnx.State) -> Network:
+    def network(self, params: nnx.State) -> Any:
         """The network of parameters as `prepare` returns them; called within a program."""
         return nnx.merge(self._graphdef, self.placement.weights(params))
 
@@ -162,8 +157,8 @@ class GenerationProgram:
             batch_size: images in the call; `self.batch_size()` by default.
 
         Returns:
-            The network's parameters, the tokenizer's, class ids `[b]`, image ids `[b]`, the
-            strategy's numbers and the key.
+            The network's parameters, the tokenizer's, conditions (class ids `[b]`), image ids
+            `[b]`, the strategy's numbers and the key.
         """
         by_image, everywhere = self.placement.batch, self.placement.replicated
         ids = jax.ShapeDtypeStruct((batch_size or self.batch_size(),), jnp.int32, sharding=by_image)
@@ -181,7 +176,7 @@ class GenerationProgram:
         arguments = self.arguments(traced, output=output, batch_size=batch_size)
         return self.run.lower(*arguments, layout=layout, output=output)
 
-    def _network(self) -> Network:
+    def _network(self) -> nnx.Module:
         model = make_network(self.config.model, rngs=nnx.Rngs(0), placement=self.placement)
         return model.unstacked() if self._unstacked else model
 
@@ -196,7 +191,7 @@ class GenerationProgram:
         self,
         params: nnx.State,
         decoder: PyTree,
-        class_ids: Int[Array, " b"],
+        condition: PyTree,
         image_ids: Int[Array, " b"],
         strategy: TracedStrategy,
         key: jax.Array,
@@ -206,9 +201,7 @@ class GenerationProgram:
     ) -> Array:
         model = self.network(params)
         noise = image_noise(key, image_ids, model.cfg.codebook_size)
-        token_ids, _ = generate(
-            model, class_ids, strategy, noise, layout=layout, null_class_id=model.cfg.null_class_id
-        )
+        token_ids, _ = generate(model, condition, strategy, noise, layout=layout)
         return token_ids if output == "token_ids" else self._images(decoder, token_ids, output)
 
     def _images(

@@ -19,9 +19,10 @@ from enat_jax.core.plans import padding
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.models.flops import generation_flops, step_flops
-from enat_jax.parallel.gather import gathered
+from enat_jax.models.networks import abstract_params
+from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
-from enat_jax.sampling.program import GenerationProgram, Layers, Output, abstract_params
+from enat_jax.sampling.program import GenerationProgram, Layers, Output
 from enat_jax.tokenizers.protocol import Tokenizer
 
 
@@ -137,14 +138,14 @@ class Sampler:
     ) -> Iterator[Int[np.ndarray, "b n"]]:
         """Generates token ids, batch by batch, on every host; arguments as in `batches`."""
         for count, tokens in self.batches(class_ids, output="token_ids", seed=seed, **strategy):
-            yield gathered(tokens)[:count]
+            yield all_gather(tokens)[:count]
 
     def image_batches(
         self, class_ids: Sequence[int] | np.ndarray, *, seed: int = 0, **strategy: Any
     ) -> Iterator[UInt8[np.ndarray, "b y x 3"]]:
         """Generates images, batch by batch, on every host; arguments as in `batches`."""
         for count, images in self.batches(class_ids, output="uint8", seed=seed, **strategy):
-            yield gathered(images)[:count]
+            yield all_gather(images)[:count]
 
     def sample(
         self, class_ids: Sequence[int] | np.ndarray, *, seed: int = 0, **strategy: Any
@@ -188,7 +189,7 @@ def restore(
     if (folder / CHECKPOINTS).is_dir():
         folder = folder / CHECKPOINTS
     checkpoints = Checkpoints(folder, read_only=True)
-    metadata = checkpoints.metadata(step, trees=["ema"])
+    metadata = checkpoints.metadata(step)
     if "config" not in metadata or "vqgan" in metadata:
         raise CheckpointError(f"{folder} holds no checkpoint of an image generator")
     # where it was trained does not say where it is used: the default mesh, unless overridden

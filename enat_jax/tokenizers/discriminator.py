@@ -1,38 +1,15 @@
 """The discriminator of a VQGAN's training: images or reconstructions, patch by patch."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from einops import reduce
 from flax import nnx
 from jaxtyping import Array, Float
 
+from enat_jax.tokenizers.config import DiscriminatorConfig
 from enat_jax.tokenizers.vqgan import Conv
 
 _SLOPE = 0.2  # of the leaky rectifier
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    """Sizes of a discriminator and the rate at which it learns.
-
-    Attributes:
-        channels: at full resolution; each level doubles them, up to eight times as many.
-        levels: halvings of the resolution; a verdict covers about `4 * 2**levels` pixels a side.
-        learning_rate: of its own Adam, constant.
-        betas: of its own Adam.
-    """
-
-    channels: int = 64
-    levels: int = 3
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.5, 0.99)
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels at full resolution and after each halving."""
-        return [self.channels * min(2**level, 8) for level in range(self.levels + 1)]
 
 
 class Discriminator(nnx.Module):

@@ -1,8 +1,6 @@
 """VQGAN, the convolutional tokenizer of images: a grid of codebook entries and back."""
 
 import itertools
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,43 +8,9 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from enat_jax.tokenizers.config import VQGANConfig
+
 EPSILON = 1e-6  # of every group norm
-
-
-@dataclass(frozen=True)
-class VQGANConfig:
-    """Sizes of a VQGAN; the defaults are those of MaskGIT's and MAGE's (16 pixels a token).
-
-    Attributes:
-        channels: of the level with the highest resolution.
-        channel_multipliers: one per level, from the highest resolution down; every level but the
-            first halves the resolution.
-        num_res_blocks: residual blocks per level of the encoder and of the decoder.
-        latent_channels: length of a codebook entry.
-        codebook_size: number of codebook entries.
-        norm_groups: groups of channels in every norm, one per channel where there are fewer. With
-            one channel to a group an image's mean colour is normalised away: narrow networks
-            want few groups.
-        dtype: of activations and convolutions; distances to the codebook are always float32.
-    """
-
-    channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
-    latent_channels: int = 256
-    codebook_size: int = 1024
-    norm_groups: int = 32
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @property
-    def patch(self) -> int:
-        """Pixels along each side of a token."""
-        return 2 ** (len(self.channel_multipliers) - 1)
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of each level, from the highest resolution down."""
-        return [self.channels * multiplier for multiplier in self.channel_multipliers]
 
 
 class Conv(nnx.Module):

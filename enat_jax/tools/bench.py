@@ -5,7 +5,7 @@ import pathlib
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from enat_jax.checkpoints.tokenizer import CHECKPOINTS, abstract_vqgan, load_vqgan
+from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_vqgan
 from enat_jax.config import Config, TokenizerConfig
 from enat_jax.core.plans import padding
 from enat_jax.errors import UserError
@@ -23,10 +23,11 @@ from enat_jax.models.flops import generation_flops, step_flops, training_flops
 from enat_jax.models.networks import make_network
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
-from enat_jax.sampling.program import GenerationProgram
-from enat_jax.sampling.sampler import Layers, Sampler
+from enat_jax.sampling.program import GenerationProgram, Layers, Output, abstract_params
+from enat_jax.sampling.sampler import Sampler
 from enat_jax.tokenizers.flops import decode_flops, encode_flops
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
+from enat_jax.tools.compile import unknown_sizes
 from enat_jax.training.programs import Run
 
 _MATMUL = 2048
@@ -41,7 +42,7 @@ def bench(
     dtypes: Sequence[str] = (),
     layers: Layers = "auto",
     repeats: int = 5,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Benchmarks a config with random weights; every figure is a median over `repeats` calls.
 
@@ -58,7 +59,7 @@ def bench(
         dtypes: activation types to measure; the config's by default.
         layers: how the sampler lays out depth, see `Sampler`.
         repeats: timed calls of each case.
-        say: called with a line per case.
+        log: called with a line per case.
 
     Raises:
         UserError: unknown `what` or type, or a batch size below 1.
@@ -67,167 +68,154 @@ def bench(
                 if each not in _WHAT]  # fmt: skip
     problems += [f"dtype = {each}, must be float32 or bfloat16" for each in dtypes
                  if each not in ("float32", "bfloat16")]  # fmt: skip
-    problems += [f"model.{name} = 0 is read from records: give a number"
-                 for name in ("num_classes", "codebook_size")
-                 if getattr(config.model, name) == 0]  # fmt: skip
     problems += [f"batch size = {size}, must be at least 1" for size in batch_sizes if size < 1]
-    if problems:
+    if problems := problems + unknown_sizes(config):
         raise UserError("bench: " + "; ".join(problems))
-    kind = jax.devices()[0].device_kind
     result: dict[str, Any] = {
-        "device": kind,
+        "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "machine": f"{platform.machine()}, {platform.system()}",
         "jax": jax.__version__,
-        "parameters": int(_parameter_count(config)),
+        "parameters": sum(x.size for x in jax.tree.leaves(abstract_params(config.model)[1])),
         "cases": [],
     }
     for dtype in dtypes or [config.model.dtype]:
         cfg = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-        cases = [_count_flops(cfg)] if "flops" in what else []
-        if "train" in what:
-            cases.append(_bench_train(cfg, repeats))
-        if "sample" in what:
-            cases += _bench_sample(cfg, batch_sizes, layers, repeats)
-        for way in ("encode", "decode"):
-            if way in what:
-                cases += [_bench_vqgan(cfg, way, dtype, size, repeats) for size in batch_sizes]
-        for case in cases:
-            say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+        for case in _cases(cfg, what, batch_sizes, layers, repeats):
+            log(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                           for k, v in case.items()))  # fmt: skip
-        result["cases"] += cases
+            result["cases"].append(case)
     return result
 
 
+def _cases(
+    config: Config, what: Sequence[str], batch_sizes: Sequence[int], layers: Layers, repeats: int
+) -> Iterator[dict[str, Any]]:
+    if "flops" in what:
+        yield _count_flops(config)
+    if "train" in what:
+        yield _bench_train(config, repeats)
+    if "sample" in what:
+        model = config.model
+        init = jax.jit(lambda: nnx.split(make_network(model, rngs=nnx.Rngs(0)), nnx.Param)[1])
+        bare = dataclasses.replace(
+            config,
+            tokenizer=TokenizerConfig(grid=config.tokenizer.grid),
+            sample=dataclasses.replace(config.sample, batch_size=max(batch_sizes)),
+        )
+        sampler = Sampler(bare, init(), layers=layers)
+        for size in batch_sizes:
+            yield _bench_sample(sampler, size, repeats)
+    for way in ("encode", "decode"):
+        for size in batch_sizes if way in what else ():
+            yield _bench_vqgan(config, way, size, repeats)
+
+
 def _count_flops(config: Config) -> dict[str, Any]:
-    model = config.model
     layout, _ = GenerationProgram(config, Placement.of(config.mesh), None).plan()
-    plans = [plan for bucket in layout.buckets for plan in bucket.plans]
     case = {
         "what": "flops",
-        "dtype": model.dtype,
+        "dtype": config.model.dtype,
         "steps": layout.steps,
-        "gigaflop_per_image": generation_flops(model, layout.buckets, padded=False) / 1e9,
+        "gigaflop_per_image": generation_flops(config.model, layout.buckets, padded=False) / 1e9,
     }
-    if isinstance(model, ENATConfig):
-        case["paper_gigamac_per_image"] = paper_gflops(model, plans)
+    if isinstance(config.model, ENATConfig):
+        plans = [plan for bucket in layout.buckets for plan in bucket.plans]
+        case["paper_gigamac_per_image"] = paper_gflops(config.model, plans)
     return case
 
 
-def _bench_sample(
-    config: Config, batch_sizes: Sequence[int], layers: Layers, repeats: int
-) -> list[dict[str, Any]]:
-    placement = Placement.of(config.mesh)
-    init = jax.jit(lambda: nnx.split(make_network(config.model, rngs=nnx.Rngs(0)), nnx.Param)[1])
-    bare = dataclasses.replace(config, tokenizer=TokenizerConfig(grid=config.tokenizer.grid))
-    sampler = Sampler(bare, init(), placement=placement, layers=layers)
-    layout, traced = sampler.plan()
-    flops = generation_flops(config.model, layout.buckets, padded=False)
-    cases = []
-    for batch in batch_sizes:
-        rows, whole = placement.batch, placement.replicated
-        classes = jax.device_put(jnp.arange(batch) % config.model.num_classes, rows)
-        images = jax.device_put(jnp.arange(batch), rows)
-        inputs = (
-            sampler.params,
-            (),
-            classes,
-            images,
-            *jax.device_put((traced, jax.random.key(0)), whole),
-        )
-        start = time.perf_counter()
-        program = sampler.program.run.lower(*inputs, layout=layout, output="token_ids").compile()
-        compile_seconds = time.perf_counter() - start
-        seconds, ratio = _timed(lambda p=program, i=inputs: p(*i), batch * flops, repeats)
-        cases.append(
-            {
-                "what": "sample",
-                "dtype": config.model.dtype,
-                "batch_size": batch,
-                "steps": layout.steps,
-                "bodies": len(layout.buckets),
-                "padding": padding(layout.buckets, lambda p: step_flops(config.model, p)),
-                "gigaflop_per_image": flops / 1e9,
-                "images_per_second": batch / seconds,
-                **_rates(batch * flops, seconds, ratio),
-                "compile_seconds": compile_seconds,
-                **_memory(program),
-            }
-        )
-    return cases
-
-
 def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
-    placement = Placement.of(config.mesh)
-    run = Run(config, placement)
-    batch = config.train.batch_size
-    rng = np.random.default_rng(0)
-    rows = placement.batch
-    shape = (batch, config.model.length)
-    tokens = jax.device_put(rng.integers(config.model.codebook_size, size=shape).astype("i4"), rows)
-    classes = jax.device_put(rng.integers(config.model.num_classes, size=batch).astype("i4"), rows)
-    key = jax.device_put(jax.random.key(0), placement.replicated)
-    state = run.initial_state()
-    start = time.perf_counter()
-    program = run.programs[0].lower(state, tokens, classes, key).compile()
-    compile_seconds = time.perf_counter() - start
+    run = Run(config, Placement.of(config.mesh))
+    rng, batch = np.random.default_rng(0), config.train.batch_size
+    limits = (config.model.codebook_size, config.model.num_classes)
+    data = [
+        jax.device_put(rng.integers(limit, size=like.shape, dtype=np.int32), like.sharding)
+        for limit, like in zip(limits, run.arguments[1:3], strict=True)
+    ]
+    state, key = run.initial_state(), run.placement.put(jax.random.key(0))
 
-    def step() -> Any:
+    def step(program: Any) -> Any:
         nonlocal state
-        state, metrics = program(state, tokens, classes, key)
+        state, metrics = program(state, *data, key)
         return metrics
 
-    flops = batch * training_flops(config.model, run.plans[0])
-    seconds, ratio = _timed(step, flops, repeats)
+    flops = training_flops(config.model, run.plans[0])
+    lowered = run.programs[0].lower(*run.arguments)
+    case = _measured("train", config, batch, lowered, step, flops, repeats)
+    counts = {"remat": config.model.remat, "programs": len(run.programs)}
+    return {**case, **counts, "steps_per_second": 1 / case["seconds"]}
+
+
+def _bench_sample(sampler: Sampler, images: int, repeats: int) -> dict[str, Any]:
+    config, plan = sampler.config, sampler.plan()
+    layout, classes = plan[0], np.arange(images) % sampler.config.model.num_classes
+    output: Output = "token_ids"
+    _, given = next(sampler.batches(classes, output=output, plan=plan, run=lambda *args, **_: args))
+    lowered = sampler.program.run.lower(*given, layout=layout, output=output)
+    flops = generation_flops(config.model, layout.buckets, padded=False)
+    batch = sampler.program.batch_size(images)
     return {
-        "what": "train",
-        "dtype": config.model.dtype,
-        "batch_size": batch,
-        "remat": config.model.remat,
-        "programs": len(run.programs),
-        "gigaflop_per_image": flops / batch / 1e9,
-        "steps_per_second": 1 / seconds,
-        "images_per_second": batch / seconds,
-        **_rates(flops, seconds, ratio),
-        "compile_seconds": compile_seconds,
-        **_memory(program),
+        **_measured("sample", config, batch, lowered, lambda run: run(*given), flops, repeats),
+        "steps": layout.steps,
+        "bodies": len(layout.buckets),
+        "padding": padding(layout.buckets, lambda p: step_flops(config.model, p)),
     }
 
 
-def _bench_vqgan(config: Config, way: str, dtype: str, batch: int, repeats: int) -> dict[str, Any]:
-    weights = pathlib.Path(config.tokenizer.weights)
+def _bench_vqgan(config: Config, way: str, batch: int, repeats: int) -> dict[str, Any]:
+    weights, grid = pathlib.Path(config.tokenizer.weights), config.tokenizer.grid
     there = config.tokenizer.weights and (weights / CHECKPOINTS).is_dir()
     cfg = load_vqgan(weights)[0] if there else VQGANConfig()
-    cfg = dataclasses.replace(cfg, dtype=dtype)
-    grid = config.tokenizer.grid
-    graphdef, _ = abstract_vqgan(cfg)
-    params = jax.jit(lambda: nnx.split(VQGAN(cfg, rngs=nnx.Rngs(0)), nnx.Param)[1])()
+    cfg = dataclasses.replace(cfg, dtype=config.model.dtype)
+    graphdef, params = nnx.split(jax.jit(lambda: VQGAN(cfg, rngs=nnx.Rngs(0)))(), nnx.Param)
+    sides, decoding = [side * cfg.patch for side in grid], way == "decode"
+    data = np.zeros((batch, grid[0] * grid[1]), np.int32)
+    if not decoding:
+        data = np.ones((batch, *sides, 3), np.float32)
     placement = Placement.of(config.mesh)
-    sides = [side * cfg.patch for side in grid]
-    decoding = way == "decode"
-    token_ids, images = jnp.zeros((batch, grid[0] * grid[1]), jnp.int32), jnp.ones((1, 1, 1, 3))
-    data = token_ids if decoding else jnp.broadcast_to(images, (batch, *sides, 3))
-    params, data = jax.device_put((params, data), (placement.replicated, placement.batch))
+    given = (placement.put(params), placement.put(data, placement.batch))
 
-    def run(params: nnx.State, data: jax.Array) -> jax.Array:
+    def code(params: nnx.State, data: jax.Array) -> jax.Array:
         vqgan = nnx.merge(graphdef, params)
         return vqgan.decode(data, grid) if decoding else vqgan.encode(data)
 
+    flops = (decode_flops if decoding else encode_flops)(cfg, sides[0])
+    lowered = jax.jit(code).lower(*given)
+    case = _measured(way, config, batch, lowered, lambda run: run(*given), flops, repeats)
+    return {**case, "pixels": sides[0]}
+
+
+def _measured(
+    what: str, config: Config, batch: int, lowered: jax.stages.Lowered,
+    call: Callable[[Any], Any], flops: float, repeats: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Compiles a program of `flops` per image, and times `call`, which is given what is to run."""
     start = time.perf_counter()
-    program = jax.jit(run).lower(params, data).compile()
+    program = lowered.compile()
     compile_seconds = time.perf_counter() - start
-    flops = batch * (decode_flops if decoding else encode_flops)(cfg, sides[0])
-    seconds, ratio = _timed(lambda: program(params, data), flops, repeats)
+    seconds, ratio = _timed(lambda: call(program), batch * flops, repeats)
+    rate = batch * flops / seconds
+    accelerator = accelerator_of(jax.devices()[0].device_kind)
+    # bytes on a device where it tells, and the program's own account of what it needs
+    stats, account = jax.devices()[0].memory_stats() or {}, program.memory_analysis()
+    peak = stats.get("peak_bytes_in_use")
+    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "what": way,
-        "dtype": dtype,
+        "what": what,
+        "dtype": config.model.dtype,
         "batch_size": batch,
-        "pixels": sides[0],
-        "gigaflop_per_image": flops / batch / 1e9,
+        "gigaflop_per_image": flops / 1e9,
         "images_per_second": batch / seconds,
-        **_rates(flops, seconds, ratio),
+        "seconds": seconds,
+        "gigaflop_per_second": rate / 1e9,
+        "of_float32_matmul_rate": ratio,
+        "mfu": rate / (accelerator.flops * jax.device_count()) if accelerator else None,
         "compile_seconds": compile_seconds,
-        **_memory(program),
+        "peak_memory_gib": peak / 2**30,
+        "argument_gib": getattr(account, "argument_size_in_bytes", 0) / 2**30,
+        "output_gib": getattr(account, "output_size_in_bytes", 0) / 2**30,
+        "temp_gib": getattr(account, "temp_size_in_bytes", 0) / 2**30,
     }
 
 
@@ -252,33 +240,3 @@ def _timed(call: Callable[[], Any], flops: float, repeats: int) -> tuple[float, 
         times.append(seconds(call))
         ratios.append(flops / times[-1] / (0.5 * (before + matmul_rate())))
     return float(np.median(times)), float(np.median(ratios))
-
-
-def _rates(flops: float, seconds: float, ratio: float) -> dict[str, Any]:
-    accelerator = accelerator_of(jax.devices()[0].device_kind)
-    rate = flops / seconds
-    return {
-        "seconds": seconds,
-        "gigaflop_per_second": rate / 1e9,
-        "of_float32_matmul_rate": ratio,
-        "mfu": rate / (accelerator.flops * jax.device_count()) if accelerator else None,
-    }
-
-
-def _memory(program: Any) -> dict[str, Any]:
-    """Bytes on a device where it tells, and the program's own account of what it needs."""
-    stats = jax.devices()[0].memory_stats() or {}
-    analysis = program.memory_analysis()
-    account = {
-        f"{name}_gib": getattr(analysis, f"{name}_size_in_bytes", 0) / 2**30
-        for name in ("argument", "output", "temp")
-    }
-    peak = (
-        stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return {"peak_memory_gib": peak / 2**30, **account}
-
-
-def _parameter_count(config: Config) -> int:
-    abstract = nnx.eval_shape(lambda: make_network(config.model, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))

@@ -21,7 +21,7 @@ from enat_jax.config import LoopConfig
 from enat_jax.data.pictures import write_png
 from enat_jax.errors import UserError
 from enat_jax.parallel import hosts
-from enat_jax.parallel.compile_clock import compile_seconds
+from enat_jax.parallel.compilation import compile_seconds
 from enat_jax.training.log import MetricLog, NoLog
 
 Metrics = Mapping[str, jax.Array]
@@ -151,7 +151,7 @@ def require_same_run(config: Any, workdir: str | os.PathLike[str], data: Any) ->
     """Refuses hosts that were started with different configs, data, workdirs or versions.
 
     Raises:
-        HostsError: what differs, and between which hosts.
+        UserError: what differs, and between which processes.
     """
     hosts.require_agreement(
         {
@@ -201,9 +201,9 @@ def run_steps(
     """
     pending: list[Metrics] = []  # since the last line of the log
     first, sound, clock = position["images"], Soundness(cfg.max_bad_steps, say), Clock()
-    quiet = None if hosts.speaks() else True
+    quiet = None if hosts.is_primary() else True
     bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=quiet, dynamic_ncols=True)
-    log = MetricLog(workdir, start_step=start) if hosts.speaks() else NoLog()
+    log = MetricLog(workdir, start_step=start) if hosts.is_primary() else NoLog()
     profile = Profile(cfg.profile_steps, workdir, say)
     with hosts.listen(), profile, log, bar:
         clock.restart()
@@ -267,7 +267,7 @@ class Profile:
     """
 
     def __init__(self, steps: tuple[int, int], workdir: pathlib.Path, say: Callable[[str], object]):
-        self._first, self._last = steps if hosts.speaks() else (0, 0)
+        self._first, self._last = steps if hosts.is_primary() else (0, 0)
         self._folder, self._say, self._running = workdir / "profile", say, False
 
     @contextlib.contextmanager
@@ -303,7 +303,7 @@ def write_samples(
     workdir: pathlib.Path, step: int, picture: UInt8[np.ndarray, "y x 3"], log: Log
 ) -> None:
     """Puts a picture into `samples/` and into the log; of several hosts one does."""
-    if not hosts.speaks():
+    if not hosts.is_primary():
         return
     folder = workdir / "samples"
     folder.mkdir(exist_ok=True)

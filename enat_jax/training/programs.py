@@ -13,10 +13,9 @@ from enat_jax.config import Config
 from enat_jax.config_file import ConfigError
 from enat_jax.core.plans import training_plans
 from enat_jax.models.flops import training_flops
-from enat_jax.models.networks import make_network
+from enat_jax.models.networks import abstract_params, make_network
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
-from enat_jax.sampling.program import abstract_params
 from enat_jax.training.optim import learning_rate_schedule, make_optimizer
 from enat_jax.training.step import StepConfig, TrainState, training_step
 

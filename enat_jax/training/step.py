@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,44 +10,15 @@ import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
+from enat_jax.core.network import Network, RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.models.layers import UNPLACED, cast_kernels
 from enat_jax.training.losses import masked_cross_entropy
 from enat_jax.training.optim import skip_unless_finite, update_ema
 
 MeanOver = Literal["images", "tokens"]
-
-
-@runtime_checkable
-class Network(Protocol):
-    """What a step asks of a network, on rows that pack several images."""
-
-    def remember(
-        self,
-        class_ids: Int[Array, "b g"],
-        token_ids: Int[Array, "b p"],
-        positions: Int[Array, "b p"],
-        hidden_positions: Int[Array, "b h"],
-        plans: Sequence[Plan],
-    ) -> Any:
-        """What an earlier step, at which only previous tokens were revealed, hands on; or None."""
-        ...
-
-    def train_logits(
-        self,
-        class_ids: Int[Array, "b g"],
-        token_ids: Int[Array, "b n"],
-        positions: Int[Array, "b n"],
-        masked_positions: Int[Array, "b m"],
-        plans: Sequence[Plan],
-        *,
-        features: Any,
-        key: jax.Array | None,
-    ) -> Float[Array, "b m v"]:
-        """Logits of the masked tokens, given the new ones' ids and what was remembered."""
-        ...
 
 
 class TrainState(NamedTuple):
@@ -60,15 +31,15 @@ class TrainState(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random part of a step: the order tokens are revealed in, and the classes kept.
+    """The random part of a step: the order tokens are revealed in, and the conditions kept.
 
     Attributes:
         order: a permutation of positions per image.
-        class_ids: the images' classes, the null class where dropped.
+        condition: the images' conditions, leaves `[b g ...]`, the null condition where dropped.
     """
 
     order: Int[Array, "b g l"]
-    class_ids: Int[Array, "b g"]
+    condition: PyTree
 
 
 @dataclass(frozen=True)
@@ -76,7 +47,7 @@ class StepConfig:
     """What a step computes.
 
     Attributes:
-        class_dropout: probability that an image trains the null class.
+        class_dropout: probability that an image trains the null condition.
         label_smoothing: of the cross-entropy.
         mean_over: what the loss is the mean over, see `row_loss`.
         ema_decay: of the parameters' moving average.
@@ -91,18 +62,18 @@ class StepConfig:
 
 
 def make_draws(
-    key: jax.Array,
-    class_ids: Int[Array, "b g"],
-    length: int,
-    *,
-    class_dropout: float,
-    null_class_id: int,
+    key: jax.Array, condition: PyTree, null_condition: PyTree, length: int, *, dropout: float
 ) -> Draws:
-    """Draws a uniformly random reveal order per image and drops classes."""
-    order_key, class_key = jax.random.split(key)
-    order = jnp.argsort(jax.random.uniform(order_key, (*class_ids.shape, length)), axis=-1)
-    dropped = jax.random.bernoulli(class_key, class_dropout, class_ids.shape)
-    return Draws(order, jnp.where(dropped, null_class_id, class_ids))
+    """Draws a uniformly random reveal order per image, and drops conditions at a rate."""
+    order_key, drop_key = jax.random.split(key)
+    images = jax.tree.leaves(condition)[0].shape[:2]
+    order = jnp.argsort(jax.random.uniform(order_key, (*images, length)), axis=-1)
+    dropped = jax.random.bernoulli(drop_key, dropout, images)
+
+    def keep(given: Array, null: Array) -> Array:
+        return jnp.where(dropped.reshape(*images, *[1] * (given.ndim - 2)), null, given)
+
+    return Draws(order, jax.tree.map(keep, condition, null_condition))
 
 
 def row_loss(
@@ -125,7 +96,7 @@ def row_loss(
         model: the network that learns.
         ema_model: the network whose features are reused.
         token_ids: true ids in raster order.
-        draws: reveal orders and classes.
+        draws: reveal orders and conditions.
         plans: the plan of each image in a row.
         label_smoothing: of the cross-entropy.
         mean_over: `images` takes the mean of every image's mean, `tokens` counts every masked
@@ -140,26 +111,21 @@ def row_loss(
         parts = [x[:, image, start:end] for image, (start, end) in enumerate(bounds)]
         return jnp.concatenate(parts, axis=1)
 
-    features = ema_model.remember(
-        draws.class_ids,
-        pack(in_order, 0, 1),
-        pack(draws.order, 0, 1),
-        pack(draws.order, 1, 3),
-        plans,
-    )
-    logits = model.train_logits(
-        draws.class_ids,
-        pack(in_order, 1, 2),
-        pack(draws.order, 1, 2),
-        pack(draws.order, 2, 3),
-        plans,
-        features=jax.lax.stop_gradient(features),
+    row, condition = RowPlan(tuple(plans)), draws.condition
+    earlier = Tokens(pack(in_order, 0, 1), pack(draws.order, 0, 1), pack(draws.order, 1, 3))
+    recalled = ema_model.recall(ema_model.embed_condition(condition), earlier, row)
+    now = Tokens(pack(in_order, 1, 2), pack(draws.order, 1, 2), pack(draws.order, 2, 3))
+    features = model(
+        model.embed_condition(condition),
+        now,
+        row,
+        recalled=jax.lax.stop_gradient(recalled),
         key=key,
     )
     by_image = mean_over == "images"
     weights = [np.full(plan.masked, 1 / plan.masked if by_image else 1.0) for plan in plans]
     return masked_cross_entropy(
-        logits,
+        model.logits(features.masked),
         pack(in_order, 2, 3),
         jnp.asarray(np.concatenate(weights), jnp.float32),
         label_smoothing=label_smoothing,
@@ -169,7 +135,7 @@ def row_loss(
 def training_step(
     state: TrainState,
     token_ids: Int[Array, "b l"],
-    class_ids: Int[Array, " b"],
+    condition: PyTree,
     key: jax.Array,
     *,
     graphdef: Any,
@@ -185,7 +151,7 @@ def training_step(
     Args:
         state: before the step.
         token_ids: a batch of images; consecutive ones share a row.
-        class_ids: their classes.
+        condition: what they are to be generated from, leaves `[b ...]`, such as class ids.
         key: the run's key; the step's own is folded in from `state.step`.
         graphdef: of the network.
         optimizer: its gradient transformation.
@@ -202,14 +168,11 @@ def training_step(
         placement.weights(cast_kernels(tree, dtype)) for tree in (state.params, state.ema)
     )
     draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    tokens = rearrange(token_ids, "(b g) l -> b g l", g=len(plans))
-    draws = make_draws(
-        draw_key,
-        rearrange(class_ids, "(b g) -> b g", g=len(plans)),
-        tokens.shape[-1],
-        class_dropout=cfg.class_dropout,
-        null_class_id=model.cfg.null_class_id,
+    tokens, condition = jax.tree.map(
+        lambda x: rearrange(x, "(b g) ... -> b g ...", g=len(plans)), (token_ids, condition)
     )
+    null, length = model.null_condition(condition), tokens.shape[-1]
+    draws = make_draws(draw_key, condition, null, length, dropout=cfg.class_dropout)
     ema_model = nnx.merge(graphdef, ema_weights)
 
     def loss_and_grad(tokens: Array, draws: Draws, key: jax.Array) -> tuple[Array, nnx.State]:

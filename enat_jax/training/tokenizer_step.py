@@ -1,6 +1,5 @@
 """One optimiser step of a VQGAN's training, with its losses and the care of its codebook."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -10,43 +9,13 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
+from enat_jax.config import LossConfig
 from enat_jax.models.layers import UNPLACED
 from enat_jax.tokenizers.discriminator import hinge_loss
 from enat_jax.tokenizers.vqgan import VQGAN
 from enat_jax.training.optim import skip_unless_finite, update_ema
 
 _ROUNDS = 8  # of Lloyd's algorithm for the first codebook
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of a VQGAN's losses (Esser et al. 2021, sections 3.1 and A), and of its codes' care.
-
-    Attributes:
-        l1: of the mean absolute error of the reconstruction, images in [0, 1].
-        l2: of its mean squared error.
-        codebook_start: the first step with a codebook, which then covers the encoder's outputs;
-            steps before it train a plain autoencoder, whose outputs are worth covering.
-        codebook: of the squared distance that draws codes to the encoder's outputs.
-        commitment: of the one that draws the encoder's outputs to their codes.
-        restart_after: a code that no token used for so many steps in a row is replaced by an
-            output of the encoder; 0 leaves it.
-        lpips: of the perceptual distance, where `lpips_weights` is given.
-        lpips_weights: files of VGG16 and of LPIPS's linear layers; none leaves the distance out.
-        adversarial: of the discriminator's opinion; 0 trains without one.
-        adversarial_start: the first step with a discriminator.
-    """
-
-    l1: float = 1.0
-    l2: float = 1.0
-    codebook_start: int = 0
-    codebook: float = 1.0
-    commitment: float = 0.25
-    restart_after: int = 100
-    lpips: float = 0.1
-    lpips_weights: tuple[str, ...] = ()
-    adversarial: float = 0.0
-    adversarial_start: int = 0
 
 
 class TokenizerState(NamedTuple):

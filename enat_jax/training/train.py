@@ -52,7 +52,7 @@ def train(
         UserError: records or a workdir that do not fit the config, hosts that disagree, too many
             steps in a row that are not finite.
     """
-    say = hosts.speaker(say)
+    say = hosts.primary_only(say)
     info = record_info(config.data)
     config = _with_counts(config, info)
     require_same_run(config, workdir, dataclasses.asdict(info))

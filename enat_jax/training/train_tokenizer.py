@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from enat_jax.checkpoints.resume import resume
 from enat_jax.checkpoints.store import Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, abstract_vqgan
+from enat_jax.config import TokenizerRunConfig
 from enat_jax.config_file import ConfigError
 from enat_jax.data.image_batches import Reader, image_batches
 from enat_jax.data.image_source import ImageSource, open_images
@@ -36,7 +37,6 @@ from enat_jax.training.loop import (
     write_samples,
 )
 from enat_jax.training.optim import learning_rate_schedule, make_optimizer
-from enat_jax.training.tokenizer_config import TokenizerRunConfig
 from enat_jax.training.tokenizer_step import (
     Networks,
     TokenizerState,
@@ -62,7 +62,7 @@ def train_tokenizer(
         UserError: images, weights or a workdir that do not fit the config, a loss that is not
             finite.
     """
-    say = hosts.speaker(say)
+    say = hosts.primary_only(say)
     source = open_images(config.images)
     require_same_run(config, workdir, {"images": len(source)})
     placement = Placement.of(config.mesh)

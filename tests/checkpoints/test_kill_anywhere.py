@@ -32,7 +32,7 @@ import json, pathlib, sys, zlib
 import numpy as np
 from absl import flags
 from enat_jax.parallel import hosts
-from enat_jax.parallel.compilation_cache import keep_compiled_programs
+from enat_jax.parallel.compilation import keep_compiled_programs
 from enat_jax.config import load_config
 from enat_jax.training.programs import Run
 from enat_jax.training.train import train
@@ -55,7 +55,10 @@ def watched(self, index, state, batch, key):
 
 Run.step = watched
 config = load_config("configs/digits.py", [text for text in rest if not text.startswith("--")])
-train(config, pathlib.Path(out) / "run")
+try:
+    train(config, pathlib.Path(out) / "run")
+except Exception as error:  # what Gloo says of a process that is gone
+    sys.exit(hosts.end(f"driver: {error}"))
 """
 
 
@@ -78,7 +81,7 @@ class Runs:
             [*launcher, *command, *self.fields], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, start_new_session=True,
             env={**os.environ, "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices,
-                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "GRACE": "20"},
+                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "GRACE": "5"},
         )  # fmt: skip
 
     def workers(self):

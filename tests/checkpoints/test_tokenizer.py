@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from enat_jax.checkpoints.digests import weights_digest
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import (
     abstract_tokenizer,
@@ -13,7 +14,6 @@ from enat_jax.checkpoints.tokenizer import (
     load_tokenizer,
     load_vqgan,
 )
-from enat_jax.checkpoints.weights_digest import weights_digest
 from enat_jax.config import TokenizerConfig
 from enat_jax.config_file import ConfigError
 from enat_jax.parallel.placement import MeshConfig, Placement

@@ -13,20 +13,14 @@ import yaml
 
 LAUNCH = pathlib.Path("launch")
 SCRIPTS = ["local_multiprocess.sh", "slurm.sbatch", "tpu_pod.sh"]
-LONGEST = 40  # lines of a launcher
 
 
 def run(*command, cwd=None, **environ):
     """Runs a launcher; its exit code, the lines of its output and of its complaints."""
     done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+        [str(part) for part in command], cwd=cwd, env={**os.environ, **environ},
+        capture_output=True, text=True,
+    )  # fmt: skip
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 
@@ -46,26 +40,14 @@ def stub(tmp_path):
 
 
 class TestText:
-    @pytest.mark.parametrize("name", [*SCRIPTS, "gke_jobset.yaml"])
-    def test_a_launcher_is_short_and_in_the_readme(self, name):
-        assert len((LAUNCH / name).read_text().splitlines()) <= LONGEST
-        assert name in (LAUNCH / "README.md").read_text()
-
-    @pytest.mark.parametrize("name", SCRIPTS)
-    def test_bash_can_read_it(self, name):
-        assert run("bash", "-n", LAUNCH / name) == (0, [], [])
-
     @pytest.mark.parametrize("name", SCRIPTS)
     @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
     def test_shellcheck_has_nothing_to_say(self, name):
         assert run("shellcheck", LAUNCH / name) == (0, [], [])
 
-    @pytest.mark.parametrize("name", SCRIPTS)
-    def test_it_can_be_run_by_its_name(self, name):
-        assert os.access(LAUNCH / name, os.X_OK) or name.endswith(".sbatch")
-
     @pytest.mark.parametrize("name", [*SCRIPTS, "gke_jobset.yaml", "README.md"])
-    def test_the_configs_it_names_are_there(self, name):
+    def test_it_is_in_the_readme_and_the_configs_it_names_are_there(self, name):
+        assert name in (LAUNCH / "README.md").read_text() or name == "README.md"
         for config in re.findall(r"configs/\w+\.py", (LAUNCH / name).read_text()):
             assert pathlib.Path(config).exists(), config
 
@@ -77,7 +59,7 @@ process = int(flags[-1].removeprefix("--process_id="))
 def told(*_):
     print("told", flush=True)
     sys.exit(0)
-if mode in ("waits", "told"):
+if mode == "waits":
     signal.signal(signal.SIGTERM, told)
 print(*flags, flush=True)
 print("complaint", file=sys.stderr, flush=True)
@@ -141,14 +123,11 @@ class TestLocalMultiprocess:
         assert (code, out) == (2, [])
         assert line.startswith("usage: ")
 
-    def test_the_command_line_takes_the_flags_it_adds(self):
-        code, out, err = run(
-            LAUNCH / "local_multiprocess.sh", 2, sys.executable, "-m", "enat_jax", "train", "--help"
-        )
-        assert (code, err) == (0, [])
-        for process in range(2):
-            for flag in ("coordinator", "num_processes", "process_id"):
-                assert any(line.startswith(f"[{process}]") and f"--{flag}" in line for line in out)
+    def test_processes_of_the_command_line_meet_and_end_together(self):
+        command = [sys.executable, "-m", "enat_jax", "train", "--config=nowhere.py"]
+        code, out, err = run(LAUNCH / "local_multiprocess.sh", 2, *command, "--workdir=nowhere")
+        assert (code, out) == (1, [])
+        assert "[0] enat train: no config file 'nowhere.py'" in err
 
 
 class TestSlurm:
@@ -184,19 +163,12 @@ done
         return submit
 
     def test_the_job_runs_the_folders_own_command_line_once_per_task(self, sbatch):
-        code, out, (options,) = sbatch(
-            f'echo "$SLURM_PROCID" "$SLURM_NTASKS"; exec {sys.executable}'
-            ' -c "import sys; print(sys.argv[1:])" "$@"',
-            "train",
-            "--workdir=/a b/run",
-        )
+        echo = 'echo "$SLURM_PROCID of $SLURM_NTASKS"; printf "%s\\n" "$@"'
+        code, out, (options,) = sbatch(echo, "train", "--workdir=/a b/run")
         assert code == 0
-        words = "['train', '--workdir=/a b/run']"
-        assert out == ["0 2", words, "1 2", words]
-        known = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem",
-                 "time", "output", "open-mode", "signal", "requeue"}  # fmt: skip
+        words = ["train", "--workdir=/a b/run"]
+        assert out == ["0 of 2", *words, "1 of 2", *words]
         given = [option.strip().removeprefix("--") for option in options.split("#SBATCH")[1:]]
-        assert {option.partition("=")[0] for option in given} == known
         assert "ntasks-per-node=1" in given
         assert "signal=TERM@300" in given  # to the steps, not to the shell alone
 
@@ -264,102 +236,13 @@ cd "$HOME" && exec bash -c "$command"
         assert "ZONE: its zone" in line
 
 
-# What the launcher uses of the API of JobSet (v1alpha2), Job and Pod: nested keys, with the type
-# of what they hold; a list holds things of one kind, `...` after a key makes it free.
-TEXT_MAP = {str: str}
-JOBSET = {
-    "apiVersion": str,
-    "kind": str,
-    "metadata": {"name": str, "namespace": str, "annotations": TEXT_MAP, "labels": TEXT_MAP},
-    "spec": {
-        "suspend": bool,
-        "ttlSecondsAfterFinished": int,
-        "network": {"enableDNSHostnames": bool, "subdomain": str, "publishNotReadyAddresses": bool},
-        "successPolicy": {"operator": str, "targetReplicatedJobs": [str]},
-        "failurePolicy": {"maxRestarts": int, "restartStrategy": str, "rules": [dict]},
-        "replicatedJobs": [{
-            "name": str,
-            "replicas": int,
-            "template": {
-                "metadata": {"annotations": TEXT_MAP, "labels": TEXT_MAP},
-                "spec": {
-                    "parallelism": int,
-                    "completions": int,
-                    "completionMode": str,
-                    "backoffLimit": int,
-                    "activeDeadlineSeconds": int,
-                    "template": {
-                        "metadata": {"annotations": TEXT_MAP, "labels": TEXT_MAP},
-                        "spec": {
-                            "restartPolicy": str,
-                            "terminationGracePeriodSeconds": int,
-                            "serviceAccountName": str,
-                            "nodeSelector": TEXT_MAP,
-                            "tolerations": [{"key": str, "operator": str, "value": str,
-                                             "effect": str}],
-                            "containers": [{
-                                "name": str,
-                                "image": str,
-                                "command": [str],
-                                "args": [str],
-                                "env": [{"name": str, "value": str}],
-                                "ports": [{"containerPort": int}],
-                                "resources": {"limits": {str: int}, "requests": {str: int}},
-                                "volumeMounts": [{"name": str, "mountPath": str,
-                                                  "readOnly": bool}],
-                            }],
-                            "volumes": [{"name": str,
-                                         "persistentVolumeClaim": {"claimName": str,
-                                                                   "readOnly": bool}}],
-                        },
-                    },
-                },
-            },
-        }],
-    },
-}  # fmt: skip
-
-
-def check(value, schema, where="jobset"):
-    """Refuses keys that the schema does not have and values of another type."""
-    if isinstance(schema, list):
-        assert isinstance(value, list), f"{where} is no list"
-        assert value, f"{where} is empty"
-        for place, each in enumerate(value):
-            check(each, schema[0], f"{where}[{place}]")
-    elif isinstance(schema, dict):
-        assert isinstance(value, dict), f"{where} is no mapping"
-        for name, each in value.items():
-            free = schema.get(str)
-            assert name in schema or free, f"{where}.{name} is unknown"
-            check(each, schema.get(name, free), f"{where}.{name}")
-    else:
-        assert type(value) is schema, f"{where} = {value!r} is no {schema.__name__}"
-
-
 class TestJobSet:
     @pytest.fixture
-    def jobset(self):
-        return yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-
-    @pytest.fixture
-    def hosts(self, jobset):
+    def hosts(self):
+        jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+        assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
         (job,) = jobset["spec"]["replicatedJobs"]
         return job["template"]["spec"]
-
-    def test_it_fits_the_schema(self, jobset):
-        check(jobset, JOBSET)
-        assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-        assert jobset["kind"] == "JobSet"
-
-    def test_the_check_refuses_what_the_api_does(self, jobset):
-        jobset["spec"]["failurePolicy"]["maxRestart"] = 3
-        with pytest.raises(AssertionError, match=r"jobset.spec.failurePolicy.maxRestart is unkn"):
-            check(jobset, JOBSET)
-        del jobset["spec"]["failurePolicy"]["maxRestart"]
-        jobset["spec"]["replicatedJobs"][0]["replicas"] = "1"
-        with pytest.raises(AssertionError, match=r"replicatedJobs\[0\].replicas = '1' is no int"):
-            check(jobset, JOBSET)
 
     def test_there_is_a_pod_for_each_host_of_the_slice(self, hosts):
         pod = hosts["template"]["spec"]
@@ -371,11 +254,8 @@ class TestJobSet:
         assert hosts["backoffLimit"] == 0  # a host alone is not started again
         assert pod["restartPolicy"] == "Never"
         assert pod["terminationGracePeriodSeconds"] >= 60
-
-    def test_what_it_mounts_is_a_volume(self, hosts):
-        pod = hosts["template"]["spec"]
-        mounted = {mount["name"] for each in pod["containers"] for mount in each["volumeMounts"]}
-        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        (mounted,), (volume,) = container["volumeMounts"], pod["volumes"]
+        assert mounted["name"] == volume["name"]
 
     @pytest.mark.parametrize(
         ("enat", "told", "code"),

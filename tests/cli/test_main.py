@@ -1,18 +1,26 @@
-import json
+import pathlib
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import enat_jax
-from enat_jax.__main__ import VERBS, main, summary
-from enat_jax.tokenizers.flops import decode_flops, encode_flops
-from enat_jax.tokenizers.vqgan import VQGANConfig
-from enat_jax.tools import bench as bench_module
+from enat_jax import cli
+from enat_jax.__main__ import VERBS, main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def failing(kind):
+    """A function that raises."""
+
+    def fail(*_):
+        raise kind
+
+    return fail
 
 
 @pytest.fixture
@@ -34,13 +42,14 @@ def fails(capsys):
 def sample(trained, tmp_path, capsys):
     """Samples from the tiny run into a file or folder; returns its path."""
 
-    def run(name, *arguments):
+    def run(name, *arguments, steps=2):
         out = tmp_path / name
+        arguments = [*arguments, f"--config.strategy.steps={steps}"]
         assert main(["sample", f"--workdir={trained}", f"--out={out}", *arguments]) == 0
         text, err = capsys.readouterr()
         assert err == ""
         first, last = text.splitlines()
-        assert first.startswith("2 steps in 2 compiled bodies, ")
+        assert first.startswith(f"{steps} steps in {steps} compiled bodies, ")
         assert last.startswith("wrote ")
         assert last.endswith(f" images to {out}")
         return out
@@ -48,112 +57,111 @@ def sample(trained, tmp_path, capsys):
     return run
 
 
-class TestHelp:
-    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+class TestFrontDoor:
+    @pytest.mark.parametrize("code", [
+        "import enat_jax; enat_jax.__version__",
+        *(f"from enat_jax.__main__ import main; main({arguments})"
+          for arguments in (["--help"], ["--version"], ["train", "--help"])),
+    ])  # fmt: skip
+    def test_looking_in_imports_no_library_that_takes_long(self, code):
+        heavy = {"jax", "numpy", "scipy", "grain", "orbax", "tensorflow_datasets", "matplotlib"}
+        code += f"; import sys; print({heavy} & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
+
+    def test_the_version_is_the_installed_ones_or_unknown(self, monkeypatch, capsys):
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"enat_jax {metadata.version('enat_jax')}\n"
+        monkeypatch.setattr(metadata, "version", failing(metadata.PackageNotFoundError))
+        assert enat_jax.__version__ == "0+unknown"
+
+    def test_what_the_package_has_not_is_an_attribute_error(self):
+        with pytest.raises(AttributeError, match="no attribute 'laod'"):
+            _ = enat_jax.laod
+
+    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"], ["trian"]])
     def test_without_a_verb_the_verbs_are_listed(self, capsys, arguments):
-        assert main(arguments) == 0
-        out, err = capsys.readouterr()
-        assert err == ""
-        for name in VERBS:
-            assert f"  {name} " in out
-            assert summary(name) in out
+        unknown = "enat: no verb 'trian'\n" if arguments == ["trian"] else ""
+        assert main(arguments) == (2 if unknown else 0)
+        shown, silent = capsys.readouterr()[:: -1 if unknown else 1]
+        assert silent == ""
+        assert shown.startswith(f"{unknown}usage: enat VERB")
+        assert all(f"  {name} " in shown and does in shown for name, does in VERBS.items())
 
-    @pytest.mark.parametrize("verb", VERBS)
-    @pytest.mark.parametrize("flag", ["--help", "-h"])
-    def test_every_verb_lists_its_flags(self, capsys, verb, flag):
-        assert main([verb, "--workdir=x", flag]) == 0
-        out, err = capsys.readouterr()
-        assert err == ""
-        assert out.startswith(f"enat {verb}: {summary(verb)}\n")
-        assert "--config.SECTION.FIELD=value overrides a field" in out
-        wanted = {"train": "--workdir", "sample": "--per_class", "convert": "--verify",
-                  "bench": "--batch_sizes", "tokenize": "--check", "evaluate": "--seed",
-                  "statistics": "--size", "train_tokenizer": "--workdir",
-                  "compile": "--topology", "search": "--out", "ablate": "--out",
-                  "similarity": "--samples"}  # fmt: skip
-        assert wanted[verb] in out
+    def test_every_verb_has_a_module_and_every_module_a_verb(self):
+        shared = {"__init__", "host_flags", "shared_flags"}
+        modules = {path.stem for path in pathlib.Path(cli.__file__).parent.glob("*.py")}
+        assert modules - shared == set(VERBS)
 
-    @pytest.mark.parametrize("verb", VERBS)
-    def test_verbs_that_run_on_several_hosts_say_how(self, capsys, verb):
-        assert main([verb, "--help"]) == 0
-        out, _ = capsys.readouterr()
-        several = verb in ("train", "train_tokenizer", "tokenize", "statistics", "sample",
-                           "evaluate")  # fmt: skip
-        for flag in ("coordinator", "num_processes", "process_id", "wait"):
-            assert (f"--{flag}:" in out) == several
+    @pytest.mark.parametrize(("verb", "flags"), {
+        "train": "config workdir process_id", "train_tokenizer": "config workdir coordinator",
+        "sample": "workdir out per_class wait", "evaluate": "workdir seed num_processes",
+        "tokenize": "config check wait", "statistics": "config size wait",
+        "convert": "kind source verify", "search": "config workdir out step",
+        "ablate": "config workdir out", "similarity": "workdir out samples",
+        "bench": "config batch_sizes", "compile": "config topology out",
+    }.items())  # fmt: skip
+    def test_a_verb_lists_its_flags_and_those_of_several_hosts_where_it_takes_them(
+        self, capsys, verb, flags
+    ):
+        for argument in ("-h", "--help"):
+            assert main([verb, "--workdir=x", argument]) == 0
+            out, err = capsys.readouterr()
+            assert err == ""
+            assert out.startswith(f"enat {verb}: {VERBS[verb]}\n")
+            assert "--config.SECTION.FIELD=value overrides a field" in out
+            assert all(f"--{flag}:" in out for flag in flags.split())
+            several = flags.split()[-1] in ("coordinator", "num_processes", "process_id", "wait")
+            assert ("--coordinator:" in out) == several
 
-    def test_an_unknown_verb_is_named_and_the_verbs_are_listed(self, capsys):
-        assert main(["trian", "--workdir=x"]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("enat: no verb 'trian'\n")
-        assert "  train " in err
+
+TRAIN = ["train", "--config=configs/digits.py", "--workdir=x"]
 
 
 class TestErrors:
-    def test_an_unknown_flag_is_named(self, fails):
-        message = fails("train", "--config=configs/digits.py", "--workdri=x")
-        assert "workdri" in message
-
-    def test_what_is_no_flag_is_named(self, fails):
-        args = ("train", "--config=configs/digits.py", "--workdir=x", "runs/digits", "now")
-        assert fails(*args) == "no such argument: runs/digits now"
-
     @pytest.mark.parametrize(
-        ("verb", "flag"),
-        [("train", "config"), ("train", "workdir"), ("sample", "workdir"), ("sample", "out"),
-         ("convert", "kind"), ("convert", "source"), ("bench", "config")],
+        ("arguments", "part"),
+        [
+            ([*TRAIN, "--wrokdir=x"], "wrokdir"),
+            ([*TRAIN, "runs/digits", "now"], "no such argument: runs/digits now"),
+            (["train"], "--workdir"),
+            (["sample", "--out=x"], "--workdir"),
+            (["convert", "--kind=enat"], "--source"),
+            (["bench"], "--config"),
+            (["bench", "--config=configs/none.py"], "no config file 'configs/none.py'"),
+            ([*TRAIN, "--coordinator=host:1"],
+             "--coordinator=host:1 --num_processes=None --process_id=None: "),
+            (["sample", "--workdir=none", "--out=x.png"], "no checkpoint in "),
+        ],
     )  # fmt: skip
-    def test_a_missing_flag_is_named(self, fails, verb, flag):
-        assert f"--{flag}" in fails(verb)
-
-    def test_flags_of_several_hosts_that_say_too_little_are_named(self, fails):
-        message = fails("train", "--config=none.py", "--workdir=x", "--coordinator=host:1")
-        assert message == "--coordinator=host:1 alone: give --num_processes, --process_id as well"
-
-    def test_a_coordinator_that_cannot_be_reached_is_named_with_the_wait(self):
-        done = subprocess.run(
-            [sys.executable, "-m", "enat_jax", "train", "--config=none.py", "--workdir=x",
-             "--num_processes=2", "--coordinator=nowhere.invalid:1", "--process_id=1", "--wait=1"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 1
-        told = [line for line in done.stderr.splitlines() if line.startswith("enat")]
-        expected = "enat train: process 1 waited 1 s for process 0 at nowhere.invalid:1: "
-        assert len(told) == 1, done.stderr
-        assert told[0].startswith(expected)
+    def test_what_cannot_be_asked_is_named(self, fails, arguments, part):
+        assert part in fails(*arguments)
 
     def test_an_interrupt_is_a_line_and_130(self, monkeypatch, capsys):
-        def interrupted(*_):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(VERBS["train"], "run", interrupted)
-        assert main(["train", "--config=x", "--workdir=x"]) == 130
+        monkeypatch.setattr("enat_jax.cli.train.run", failing(KeyboardInterrupt))
+        assert main(TRAIN) == 130
         assert capsys.readouterr() == ("", "enat train: interrupted\n")
 
     def test_an_error_that_nobody_foresaw_keeps_its_traceback(self, monkeypatch):
-        def broken(*_):
-            raise ZeroDivisionError("of our own making")
+        monkeypatch.setattr("enat_jax.cli.train.run", failing(ZeroDivisionError))
+        with pytest.raises(ZeroDivisionError):
+            main(TRAIN)
 
-        monkeypatch.setattr(VERBS["train"], "run", broken)
-        with pytest.raises(ZeroDivisionError, match="of our own making"):
-            main(["train", "--config=x", "--workdir=x"])
-
-    @pytest.mark.parametrize("verb", ["train", "bench"])
-    def test_a_missing_config_file_is_named(self, fails, verb):
-        rest = ["--workdir=x"] if verb == "train" else []
-        message = fails(verb, "--config=configs/none.py", *rest)
-        assert message == "no config file 'configs/none.py'"
+    def test_an_error_leaves_no_traceback_and_a_code_behind(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "enat_jax", "bench", "--config=none.py"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "enat bench: no config file 'none.py'\n"
 
     def test_overrides_that_cannot_be_are_all_named(self, fails, tmp_path):
-        message = fails(
-            "train", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}",
-            "--config.model.width=63", "--config.train.steps=0",
-        )  # fmt: skip
-        assert message.startswith("config: ")
-        assert "model.width = 63 must be a multiple of model.num_heads = 4" in message
-        assert "train.steps = 0 must be at least 1" in message
-        assert not (tmp_path / "run").exists()
+        run = tmp_path / "run"
+        message = fails("train", "--config=configs/digits.py", f"--workdir={run}",
+                        "--config.model.width=63", "--config.train.steps=0")  # fmt: skip
+        assert message == ("config: model.width = 63 must be a multiple of model.num_heads = 4;"
+                           " train.steps = 0 must be at least 1")  # fmt: skip
+        assert not run.exists()
 
     @pytest.mark.parametrize(
         ("flags", "part"),
@@ -177,50 +185,22 @@ class TestErrors:
         assert part in fails("sample", f"--workdir={trained}", f"--out={out}", *flags)
         assert not out.exists()
 
-    def test_a_missing_run_is_named(self, fails, tmp_path):
-        message = fails("sample", f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'x.png'}")
-        assert message == f"no checkpoint in {tmp_path / 'none'}"
-
     def test_a_picture_that_cannot_be_written_is_refused_before_it_is_made(
-        self, trained, tmp_path, capsys
+        self, fails, trained, tmp_path
     ):
         (tmp_path / "file").touch()
-        arguments = ["sample", f"--workdir={trained}", f"--out={tmp_path / 'file' / 'x.png'}"]
-        assert main(arguments) == 1
-        assert capsys.readouterr().err.startswith("enat sample: ")
-
-    @pytest.mark.parametrize(
-        ("flags", "part"),
-        [
-            (["--what=smaple"], "what = smaple, must be one of sample, train, encode, decode"),
-            (["--dtypes=float16"], "dtype = float16, must be float32 or bfloat16"),
-            (["--batch_sizes=0,1"], "batch size = 0, must be at least 1"),
-            (["--batch_sizes=one"], "--batch_sizes=one: invalid literal"),
-            (["--repeats=0"], "repeats"),
-        ],
-    )
-    def test_benchmarks_that_cannot_be_are_refused(self, fails, flags, part):
-        assert part in fails("bench", "--config=configs/digits.py", *flags)
-
-    def test_an_error_leaves_no_traceback_and_a_code_behind(self):
-        done = subprocess.run(
-            [sys.executable, "-m", "enat_jax", "train", "--config=none.py", "--workdir=x"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == "enat train: no config file 'none.py'\n"
+        fails("sample", f"--workdir={trained}", f"--out={tmp_path / 'file' / 'x.png'}")
 
 
 class TestTraining:
-    def test_a_run_that_is_done_says_so(self, trained, tiny_overrides, capsys):
-        flags = [f"--config.{text}" for text in tiny_overrides]
-        assert main(["train", "--config=configs/digits.py", f"--workdir={trained}", *flags]) == 0
+    def test_a_run_that_is_done_is_left_and_another_model_refused(
+        self, trained, tiny_overrides, fails, capsys
+    ):
+        command = ["train", "--config=configs/digits.py", f"--workdir={trained}",
+                   *(f"--config.{text}" for text in tiny_overrides)]  # fmt: skip
+        assert main(command) == 0
         assert capsys.readouterr().out.endswith(" is trained already: 4 of 4 steps\n")
-
-    def test_another_model_is_refused_in_one_line(self, trained, tiny_overrides, fails):
-        flags = [f"--config.{text}" for text in tiny_overrides]
-        message = fails("train", "--config=configs/digits.py", f"--workdir={trained}", *flags,
-                        "--config.model.width=32")  # fmt: skip
+        message = fails(*command, "--config.model.width=32")
         assert "the workdir holds another model: model.width = 32, there 16" in message
 
 
@@ -249,88 +229,21 @@ class TestSamples:
             expected = enat_jax.load(trained).sample([7, 7, 10, 10])
             np.testing.assert_array_equal(arrays["arr_0"], expected)
 
-    def test_tokens_are_written_with_their_classes(self, sample):
-        path = sample("tokens.npz", "--format=tokens", "--classes=1,2", "--per_class=1")
+    def test_tokens_are_written_with_their_classes_and_overrides_reach_the_strategy(self, sample):
+        flags = ("--format=tokens", "--classes=1,2", "--per_class=1")
+        path = sample("tokens.npz", *flags, steps=1)
         with np.load(path) as arrays:
             assert arrays["token_ids"].shape == (2, 64)
             assert arrays["token_ids"].max() < 17
             np.testing.assert_array_equal(arrays["class_ids"], [1, 2])
 
-    @pytest.mark.parametrize("kind", ["grid", "png", "npz", "tokens"])
+    @pytest.mark.parametrize("kind", ["grid", "tokens"])
     def test_of_several_hosts_the_first_alone_writes(
         self, trained, tmp_path, monkeypatch, capsys, kind
     ):
-        monkeypatch.setattr("enat_jax.parallel.hosts.speaks", lambda: False)
+        monkeypatch.setattr("enat_jax.parallel.hosts.is_primary", lambda: False)
         out = tmp_path / "made" / "images.npz"
         arguments = [f"--workdir={trained}", f"--out={out}", f"--format={kind}", "--classes=1"]
         assert main(["sample", *arguments, "--per_class=1"]) == 0
         assert capsys.readouterr() == ("", "")
         assert not out.parent.exists()
-
-    def test_overrides_reach_the_strategy(self, trained, tmp_path, capsys):
-        arguments = ["sample", f"--workdir={trained}", f"--out={tmp_path / 'x.png'}",
-                     "--classes=1", "--per_class=1", "--config.strategy.steps=1"]  # fmt: skip
-        assert main(arguments) == 0
-        assert capsys.readouterr().out.startswith("1 steps in 1 compiled bodies")
-
-
-BENCH_KEYS = {
-    "what", "dtype", "batch_size", "gigaflop_per_image", "images_per_second", "seconds",
-    "gigaflop_per_second", "of_float32_matmul_rate", "mfu", "compile_seconds",
-    "peak_memory_gib", "argument_gib", "output_gib", "temp_gib",
-}  # fmt: skip
-
-
-SMALL_VQGAN = VQGANConfig(4, (1, 1), 1, 4, 8)
-
-
-class TestBench:
-    def test_it_prints_and_writes_json_of_sampling_and_training(
-        self, tiny_overrides, tmp_path, monkeypatch, capsys
-    ):
-        monkeypatch.setattr(bench_module, "_MATMUL", 64)
-        code = main(["bench", "--config=configs/digits.py", "--what=train,sample",
-                     "--batch_sizes=1,2", "--repeats=1", f"--out={tmp_path / 'bench.json'}",
-                     *(f"--config.{text}" for text in tiny_overrides)])  # fmt: skip
-        out, err = capsys.readouterr()
-        assert code == 0
-        result = json.loads(out)
-        assert json.loads((tmp_path / "bench.json").read_text()) == result
-        assert set(result) == {"device", "devices", "machine", "jax", "parameters", "cases"}
-        assert result["parameters"] == 15906
-        train, one, two = result["cases"]
-        assert len(err.splitlines()) == 3  # a line per case
-        assert set(train) == BENCH_KEYS | {"remat", "programs", "steps_per_second"}
-        assert set(one) == BENCH_KEYS | {"steps", "bodies", "padding"}
-        assert (train["what"], train["batch_size"], train["programs"]) == ("train", 8, 2)
-        assert (one["what"], one["batch_size"], one["steps"], one["padding"]) == ("sample", 1, 2, 0)
-        assert two["batch_size"] == 2
-        for case in result["cases"]:
-            assert case["seconds"] > 0
-            assert case["images_per_second"] == pytest.approx(case["batch_size"] / case["seconds"])
-            assert case["gigaflop_per_second"] == pytest.approx(
-                case["gigaflop_per_image"] * case["images_per_second"]
-            )
-            assert case["mfu"] is None  # a CPU's peak is in no data sheet
-
-    def test_flops_are_counted_in_the_papers_unit_too(self, capsys):
-        config = "configs/ablations/disentangled_8_8.py"
-        assert main(["bench", f"--config={config}", "--what=flops"]) == 0
-        (case,) = json.loads(capsys.readouterr().out)["cases"]
-        assert case["paper_gigamac_per_image"] == pytest.approx(40.2, rel=0.05)  # the paper's
-        # ours runs one branch in the first step, where nothing is guided
-        assert 1 < 2 * case["paper_gigamac_per_image"] / case["gigaflop_per_image"] < 1.1
-
-    def test_a_vqgan_is_measured_both_ways_at_the_configs_grid(self, monkeypatch, capsys):
-        monkeypatch.setattr(bench_module, "_MATMUL", 64)
-        monkeypatch.setattr(bench_module, "VQGANConfig", lambda: SMALL_VQGAN)
-        code = main(["bench", "--config=configs/photos.py", "--what=encode,decode",
-                     "--batch_sizes=2", "--repeats=1", "--config.tokenizer.weights=nowhere",
-                     "--config.model.num_classes=2", "--config.model.codebook_size=8"])  # fmt: skip
-        cases = json.loads(capsys.readouterr().out)["cases"]
-        assert code == 0
-        assert [case["what"] for case in cases] == ["encode", "decode"]
-        for case, flops in zip(cases, (encode_flops, decode_flops), strict=True):
-            assert set(case) == BENCH_KEYS | {"pixels"}
-            assert case["pixels"] == 16
-            assert case["gigaflop_per_image"] == pytest.approx(flops(SMALL_VQGAN, 16) / 1e9)

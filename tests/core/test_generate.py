@@ -1,5 +1,6 @@
 """The generation loop: the reference's traces, one result however it runs, and its decisions."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -25,6 +26,8 @@ from enat_jax.core.generate import (
     plan_generation,
     trace_strategy,
 )
+from enat_jax.core.network import Network
+from enat_jax.core.orders import ORDERS
 from enat_jax.core.plans import Plan, generation_plans
 from enat_jax.core.strategy import GenerationStrategy, StrategyConfig, make_strategy
 from enat_jax.models.flops import step_flops
@@ -96,15 +99,7 @@ def run(graphdef: Any, params: Any, class_ids, image_ids, strategy: TracedStrate
     """Generates with the noise of key 0, recording every step."""
     model = nnx.merge(graphdef, params)
     noise = image_noise(jax.random.key(0), image_ids, MODEL.codebook_size)
-    return generate(
-        model,
-        class_ids,
-        strategy,
-        noise,
-        layout=layout,
-        null_class_id=MODEL.null_class_id,
-        record=True,
-    )
+    return generate(model, class_ids, strategy, noise, layout=layout, record=True)
 
 
 def plan(steps, buckets):
@@ -127,7 +122,7 @@ def generation(model, steps, buckets, image_ids) -> Generation:
     ids, records = run(*params, classes_of(image_ids), image_ids, strategy, layout)
     taken = cut(records, strategy)
     noise = noise_everywhere(image_ids, layout.steps)
-    numbers = (strategy.revealed, strategy.sampling_temperature, noise)
+    numbers = (revealed(strategy), strategy.sampling_temperature, noise)
     margins = [margin(*each) for each in zip(taken, *map(np.asarray, numbers), strict=True)]
     return Generation(np.asarray(ids), taken, np.min(margins, axis=0))
 
@@ -148,6 +143,11 @@ def cut(records, strategy):
         StepRecord(*(x[:, :count] for x in record[:-1]), record.order)
         for record, count in zip(steps, np.asarray(strategy.masked), strict=True)
     ]
+
+
+def revealed(strategy):
+    """How many tokens each step reveals."""
+    return -np.diff(np.append(strategy.masked, 0))
 
 
 def margin(step, revealed, temperature, noise):
@@ -287,24 +287,25 @@ def test_noise_belongs_to_key_image_step_and_position():
 LENGTH, CODES, NULL = 16, 5, 3
 
 
-class Known:
+class Known(Network):
     """A network that answers from a table `[class, position, code]` and remembers its calls."""
 
     def __init__(self, table):
         self.table = jnp.asarray(table, jnp.float32)
         self.batches = []
 
-    def condition(self, class_ids):
-        return class_ids
+    def null_condition(self, condition):
+        return jnp.full_like(condition, NULL)
 
-    def initial_state(self, batch, capacity):
+    def embed_condition(self, condition):
+        return condition
+
+    def initial_memory(self, batch, capacity):
         return jnp.zeros((batch, capacity))
 
-    def predict(
-        self, condition, state, token_ids, positions, masked_positions, shape, counts
-    ):  # fmt: skip
+    def predict(self, condition, memory, tokens, row):
         self.batches.append(len(condition))
-        return self.table[condition[:, None], masked_positions], state
+        return self.table[condition, tokens.masked_positions], memory
 
 
 def silence(step, positions):
@@ -316,9 +317,7 @@ def ask(network, strategy, *, buckets=None, class_ids=(0, 1)):
     layout, traced = plan_generation(strategy, LENGTH, sum, buckets=buckets)
 
     def go(class_ids):
-        return generate(
-            network, class_ids, traced, silence, layout=layout, null_class_id=NULL, record=True
-        )
+        return generate(network, class_ids, traced, silence, layout=layout, record=True)
 
     ids, records = jax.jit(go)(jnp.array(class_ids))
     return Generation(np.asarray(ids), cut(records, traced), np.zeros(len(class_ids)))
@@ -409,9 +408,7 @@ def test_other_numbers_do_not_recompile():
 
     @jax.jit
     def go(strategy):
-        return generate(
-            network, jnp.zeros(2, int), strategy, silence, layout=layout, null_class_id=NULL
-        )[0]
+        return generate(network, jnp.zeros(2, int), strategy, silence, layout=layout)[0]
 
     go(traced)
     calls = len(network.batches)
@@ -431,3 +428,24 @@ def test_where_masked_tokens_features_are_read_the_first_step_runs_both_branches
     plans = [Plan(0, 0, 9), Plan(0, 2, 7), Plan(2, 3, 4)]
     assert guided_steps(plans, (0.0, 0.0, 1.0), reads_masked=True) == [True, True, True]
     assert guided_steps(plans, (0.0, 0.0, 0.0), reads_masked=True) == [False, False, False]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("buckets", [4, 1])
+def test_every_order_reveals_each_position_once(order, buckets):
+    network = Known(np.random.default_rng(1).normal(size=(NULL + 1, LENGTH, CODES)))
+    strategy = make_strategy(StrategyConfig(steps=4, order=order), LENGTH)
+    made = ask(network, strategy, buckets=buckets)
+    assert_reveals_follow_the_schedule(made, 4, LENGTH)
+    places = made.steps[-1].order[:, :LENGTH]
+    assert np.all(places == np.arange(LENGTH)) == (order == "raster")
+
+
+def test_a_priority_reorders_and_leaves_what_is_sampled_alone():
+    table = np.random.default_rng(1).normal(size=(NULL + 1, LENGTH, CODES))
+    plain = strategy_of(np.zeros(4))
+    priority = 100.0 * np.random.default_rng(2).permutation(LENGTH)
+    ours = ask(Known(table), dataclasses.replace(plain, priority=priority))
+    expected = np.argsort(-priority)
+    assert np.all(ours.steps[-1].order[:, :LENGTH] == expected)
+    np.testing.assert_array_equal(ours.ids, ask(Known(table), plain).ids)

@@ -131,6 +131,15 @@ def test_one_image_per_row_is_a_row_too():
     assert sum(row[0].previous > 0 for row in rows) == 2
 
 
+@pytest.mark.parametrize("mask_beta", [(12.0, 3.0), (4.0, 2.0), (0.1, 0.1), (50.0, 0.1)])
+def test_mask_ratios_are_the_beta_distributions_quantiles(mask_beta):
+    plans = itertools.chain(*training_plans(10**6, programs=4, images_per_row=8,
+                                            mask_beta=mask_beta))  # fmt: skip
+    expected = 10**6 * stats.beta.ppf((np.arange(32) + 0.5) / 32, *mask_beta)
+    masked = np.clip(np.rint(expected), 1, 10**6 - 1)
+    assert sorted(plan.masked for plan in plans) == masked.tolist()
+
+
 @pytest.mark.parametrize(("probability", "share"), [(0.0, 0), (0.25, 8), (1.0, 32)])
 def test_the_reuse_probability_is_the_share_of_images_that_reuse(probability, share):
     rows = training_plans(256, programs=4, images_per_row=8, reuse_probability=probability)

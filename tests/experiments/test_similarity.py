@@ -50,7 +50,6 @@ def recorded(case):
         noise = image_noise(jax.random.key(3), jnp.arange(2), network.cfg.codebook_size)
         token_ids, records = generate(
             network, class_ids, traced, noise, layout=layout, record=True,
-            null_class_id=network.cfg.null_class_id,
         )  # fmt: skip
         order = records[-1].order[-1][:, :16]
         features = step_features(network, class_ids, token_ids, order, plans)

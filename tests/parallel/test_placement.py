@@ -13,8 +13,8 @@ from enat_jax.errors import UserError
 from enat_jax.models.enat.block import Block
 from enat_jax.models.enat.network import ENATConfig
 from enat_jax.models.layers import UNPLACED
+from enat_jax.models.networks import abstract_params
 from enat_jax.parallel.placement import MeshConfig, Placement, make_mesh
-from enat_jax.sampling.program import abstract_params
 from enat_jax.training.optim import make_optimizer
 from tests.support.on_hosts import on_two_hosts
 
@@ -250,14 +250,14 @@ def test_a_process_finds_its_rows_and_places_them():
 
 
 ROWS = """
-from enat_jax.parallel.gather import gathered
+from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import MeshConfig, Placement
 batch = np.arange(24).reshape(12, 2)
 for cfg in (MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)):
     placement = Placement.of(cfg)
     rows = placement.own_rows(12)
     assert rows.tolist() == list(range(6 * process, 6 * process + 6)), rows
-    np.testing.assert_array_equal(gathered(placement.put_batch(batch[rows], 12)), batch)
+    np.testing.assert_array_equal(all_gather(placement.put_batch(batch[rows], 12)), batch)
 """
 
 

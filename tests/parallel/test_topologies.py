@@ -8,8 +8,9 @@ import sys
 import jax
 import pytest
 
+from enat_jax.errors import UserError
 from enat_jax.parallel import topologies
-from enat_jax.parallel.topologies import TopologyError, describe
+from enat_jax.parallel.topologies import describe
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
@@ -20,7 +21,7 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
      "2xcpux1", "v5e:16x16*2"],
 )  # fmt: skip
 def test_an_unknown_topology_lists_the_known_ones(name):
-    with pytest.raises(TopologyError) as caught:
+    with pytest.raises(UserError) as caught:
         describe(name)
     message = str(caught.value)
     assert repr(name) in message
@@ -32,21 +33,21 @@ def test_an_unknown_topology_lists_the_known_ones(name):
 @pytest.mark.parametrize("name", ["v5e:16", "v5e:4x4x4", "v5e:32x16", "v5p:4x4", "0xv5e:4x4",
                                   "v6e:0x4"])  # fmt: skip
 def test_a_slice_of_an_impossible_shape_is_refused(name):
-    with pytest.raises(TopologyError, match="sides of 1 to"):
+    with pytest.raises(UserError, match="sides of 1 to"):
         describe(name)
 
 
 def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TopologyError, match=r'libtpu.*pip install "enat_jax\[tpu\]"'):
+    with pytest.raises(UserError, match=r'libtpu.*pip install "enat_jax\[tpu\]"'):
         describe("v5e:4x4")
-    with pytest.raises(TopologyError, match=r'CUDA plugin.*pip install "enat_jax\[gpu\]"'):
+    with pytest.raises(UserError, match=r'CUDA plugin.*pip install "enat_jax\[gpu\]"'):
         describe("h100x8")
 
 
 def test_own_devices_are_a_topology_too():
     assert list(describe("cpux1")) == jax.devices("cpu")[:1]
-    with pytest.raises(TopologyError, match="xla_force_host_platform_device_count=4096"):
+    with pytest.raises(UserError, match="xla_force_host_platform_device_count=4096"):
         describe("cpux4096")
 
 
@@ -60,7 +61,7 @@ def test_a_gpu_is_described_to_the_compiler_in_its_own_words(gpu, monkeypatch):
 
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(topologies.topologies, "get_topology_desc", get)
-    with pytest.raises(TopologyError, match=f"topology '2x{gpu}x8': not here"):
+    with pytest.raises(UserError, match=f"topology '2x{gpu}x8': not here"):
         describe(f"2x{gpu}x8")
     assert (asked["platform"], asked["topology"]) == ("cuda", "2x1x8")
     assert gpu.upper() in asked["target_config"]

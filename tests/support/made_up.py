@@ -7,7 +7,7 @@ import numpy as np
 
 from enat_jax.checkpoints.store import Checkpoints
 from enat_jax.config import load_config
-from enat_jax.sampling.program import abstract_params
+from enat_jax.models.networks import abstract_params
 from enat_jax.sampling.sampler import Restored
 
 SMALL = ("model.width=8", "model.num_heads=2", "model.length=16", "model.dtype=float32",

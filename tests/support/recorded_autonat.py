@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from enat_jax.models.autonat.network import AutoNATConfig
 from enat_jax.models.autonat.weights import rules
 from enat_jax.models.import_table import apply_rules
-from enat_jax.sampling.program import abstract_params
+from enat_jax.models.networks import abstract_params
 from tests.support.golden import GOLDEN
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from enat_jax.checkpoints.store import Checkpoints
-from enat_jax.config import LoopConfig, check_loop
+from enat_jax.config import LoopConfig
 from enat_jax.training.loop import Clock, Soundness, TrainError, mean_metrics, run_steps
 
 
@@ -183,25 +183,3 @@ def test_a_trace_is_not_lost_where_the_run_ends_first(tmp_path):
     said = []
     run(tmp_path, said=said, profile_steps=(6, 9))
     assert any(line.startswith("wrote a profiler trace") for line in said)
-
-
-@pytest.mark.parametrize(
-    ("fields", "problem"),
-    [
-        ({"steps": 0}, "train.steps = 0 must be at least 1"),
-        ({"max_bad_steps": 0}, "train.max_bad_steps = 0 must be at least 1"),
-        ({"seed": -1}, "train.seed = -1 must be in [0, 4294967296)"),
-        ({"seed": 2**32}, "train.seed = 4294967296 must be in [0, 4294967296)"),
-        ({"sample_every": -1}, "train.sample_every = -1 must be at least 0"),
-        ({"profile_steps": (3, 2)}, "train.profile_steps = (3, 2) must be the first and the last"
-         " step, from 1, or (0, 0)"),
-        ({"profile_steps": (0, 2)}, "train.profile_steps = (0, 2) must be the first and the last"
-         " step, from 1, or (0, 0)"),
-    ],
-)  # fmt: skip
-def test_a_loop_that_cannot_be_is_told_by_its_field(fields, problem):
-    assert check_loop(LoopConfig(**fields)) == [problem]
-
-
-def test_a_loop_is_right_by_default():
-    assert check_loop(LoopConfig()) == []

@@ -191,7 +191,7 @@ def batch():
 
 def test_every_image_of_a_row_counts_the_same(enat, batch):
     tokens, classes = (x[:2].reshape(1, 2, *x.shape[1:]) for x in batch)
-    draws = make_draws(jax.random.key(0), classes, 64, class_dropout=0.0, null_class_id=10)
+    draws = make_draws(jax.random.key(0), classes, 0 * classes, 64, dropout=0.0)
 
     @functools.partial(jax.jit, static_argnums=2)
     def loss(tokens, draws, plans):
@@ -242,7 +242,7 @@ def test_accumulation_changes_nothing_but_memory(enat, batch):
 def test_the_order_is_a_permutation_and_every_position_as_likely_anywhere():
     images = 4000
     classes = jnp.zeros((images, 1), jnp.int32)
-    draws = make_draws(jax.random.key(0), classes, 8, class_dropout=0.0, null_class_id=10)
+    draws = make_draws(jax.random.key(0), classes, classes, 8, dropout=0.0)
     order = np.asarray(draws.order)[:, 0]
     assert np.all(np.sort(order, axis=1) == np.arange(8))
     counts = np.stack([np.bincount(column, minlength=8) for column in order.T])
@@ -253,16 +253,16 @@ def test_the_order_is_a_permutation_and_every_position_as_likely_anywhere():
 def test_classes_are_dropped_at_their_rate_and_kept_otherwise():
     classes = jnp.arange(20_000).reshape(-1, 4) % 10
     rate = StepConfig().class_dropout
-    draws = make_draws(jax.random.key(0), classes, 2, class_dropout=rate, null_class_id=10)
-    dropped = np.asarray(draws.class_ids) == 10
+    draws = make_draws(jax.random.key(0), classes, jnp.full_like(classes, 10), 2, dropout=rate)
+    dropped = np.asarray(draws.condition) == 10
     assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / classes.size) ** 0.5
-    assert np.all((draws.class_ids == classes) | dropped)
+    assert np.all((draws.condition == classes) | dropped)
 
 
 def test_two_steps_of_a_run_draw_differently(enat, batch):
     keys = [jax.random.fold_in(jax.random.key(1), step) for step in range(2)]
     orders = [
-        make_draws(key, batch[1][None], 64, class_dropout=0.5, null_class_id=10) for key in keys
+        make_draws(key, batch[1][None], 10 + 0 * batch[1][None], 64, dropout=0.5) for key in keys
     ]
     assert np.any(orders[0].order != orders[1].order)
-    assert np.any(orders[0].class_ids != orders[1].class_ids)
+    assert np.any(orders[0].condition != orders[1].condition)

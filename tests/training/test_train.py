@@ -198,7 +198,7 @@ class TestLogs:
 
     def test_mfu_is_the_rate_over_all_devices_peak(self, tiny_config, monkeypatch):
         run = Run(tiny_config(), Placement.of(MeshConfig()))
-        card = Accelerator("card", ("cpu",), 8e12, 1, 1.0, 1.0)
+        card = Accelerator("card", ("cpu",), 8e12, 1)
         monkeypatch.setattr(run_module, "accelerator_of", {"cpu": card}.get)
         found = run.summary(4, images_per_second=1e3)
         assert found["mfu"] == pytest.approx(found["teraflops_per_second"] / 8)

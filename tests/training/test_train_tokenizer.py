@@ -14,10 +14,10 @@ from PIL import Image
 
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import load_vqgan
+from enat_jax.config import load_tokenizer_config
 from enat_jax.config_file import ConfigError
 from enat_jax.data.image_source import ImageError
 from enat_jax.training.loop import TrainError
-from enat_jax.training.tokenizer_config import load_tokenizer_config
 from enat_jax.training.train_tokenizer import TokenizerRun, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -177,8 +177,8 @@ class TestRun:
 
 FOUR_DEVICES = """
 import jax, numpy as np
+from enat_jax.config import load_tokenizer_config
 from enat_jax.parallel.placement import MeshConfig, Placement
-from enat_jax.training.tokenizer_config import load_tokenizer_config
 from enat_jax.training.train_tokenizer import TokenizerRun
 assert jax.device_count() == 4
 config = load_tokenizer_config("configs/photos_tokenizer.py", [

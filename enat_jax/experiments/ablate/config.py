@@ -1,14 +1,13 @@
 """The config of an ablation: which settings are compared, and by what."""
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from enat_jax.config import SampleConfig
-from enat_jax.config_file import make_config, read_fields
+from enat_jax.config import ObjectiveConfig, SampleConfig
+from enat_jax.config_file import did_you_mean, limited
 from enat_jax.core.strategy import StrategyConfig
-from enat_jax.evaluation.objective import ObjectiveConfig
+from enat_jax.errors import UserError
 
 SECTIONS = {
     "strategy": tuple(each.name for each in fields(StrategyConfig)),
@@ -16,6 +15,45 @@ SECTIONS = {
     "model": ("dtype", "attention", "reproject"),  # what leaves the weights as they are
 }
 """The sections of a run's config, with the fields that can be compared."""
+
+
+def _comparable(grid: Mapping[str, Any], points: Mapping[str, Any]) -> bool:
+    """Whether there is anything to compare.
+
+    Raises:
+        UserError: what cannot be compared, all at once, as far as can be said without the runs.
+    """
+    problems = list(_problems("grid", grid, several=True))
+    for name, point in points.items():
+        problems += _problems(f"points.{name}", point, several=False)
+    if problems:
+        raise UserError("; ".join(problems))
+    return bool(grid or points)
+
+
+def _problems(path: str, settings: Any, *, several: bool) -> Iterator[str]:
+    """A phrase for each thing that cannot be in a point, or in a grid of several values a field."""
+    if not isinstance(settings, Mapping):
+        yield f"{path} = {settings!r} must be a section of fields"
+        return
+    for section, values in settings.items():
+        where = f"{path}.{section}"
+        if section == "workdir":
+            paths = values if several and isinstance(values, list | tuple) else [values]
+            yield from (f"{where} = {p!r} must be a path" for p in paths if not isinstance(p, str))
+            if not paths:
+                yield f"{where} = {values!r} is empty"
+        elif section not in SECTIONS:
+            yield f"{where} is nothing to compare{did_you_mean(section, [*SECTIONS, 'workdir'])}"
+        elif not isinstance(values, Mapping):
+            yield f"{where} = {values!r} must be a section of fields"
+        else:
+            for name, value in values.items():
+                if name not in SECTIONS[section]:
+                    guess = did_you_mean(name, SECTIONS[section])
+                    yield f"{where}.{name} is nothing to compare{guess}"
+                elif several and value in ([], ()):
+                    yield f"{where}.{name} = {value!r} is empty"
 
 
 @dataclass(frozen=True)
@@ -38,91 +76,14 @@ class AblateConfig:
     grid: dict = field(default_factory=dict)
     points: dict = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    num_images: int = 50_000
-    seeds: tuple[int, ...] = (0,)
-    timed_batches: int = 5
-    sheet: int = 10
+    num_images: int = limited(50_000, at_least=2)
+    seeds: tuple[int, ...] = limited((0,), at_least=0, below=2**32)
+    timed_batches: int = limited(5, at_least=1)
+    sheet: int = limited(10, at_least=0)
 
-
-def load_ablation(path: str, overrides: Sequence[str] = ()) -> AblateConfig:
-    """Reads an ablation's config file, applies overrides, and checks the whole.
-
-    Raises:
-        ConfigError: an unreadable file, unknown fields, wrong types or values; all at once.
-    """
-    return ablation_from_dict(read_fields(path), overrides)
-
-
-def ablation_from_dict(fields: Mapping[str, Any], overrides: Sequence[str] = ()) -> AblateConfig:
-    """A checked ablation from nested mappings after `field=value` overrides.
-
-    Raises:
-        ConfigError: unknown fields, wrong types or values; all at once.
-    """
-    return make_config(AblateConfig, fields, check, overrides)
-
-
-def check(config: AblateConfig) -> list[str]:
-    """What is wrong with an ablation, as far as can be said without the runs it compares."""
-    rules = [
-        (bool(config.grid or config.points), "grid", config.grid,
-         "holds nothing to compare, nor does points"),
-        (config.num_images >= 2, "num_images", config.num_images, "must be at least 2"),
-        (bool(config.seeds), "seeds", config.seeds, "must hold at least one"),
-        (len(set(config.seeds)) == len(config.seeds), "seeds", config.seeds, "must all differ"),
-        (all(0 <= seed < 2**32 for seed in config.seeds), "seeds", config.seeds,
-         f"must be from 0 to {2**32 - 1}"),
-        (config.timed_batches >= 1, "timed_batches", config.timed_batches, "must be at least 1"),
-        (0 <= config.sheet <= config.num_images, "sheet", config.sheet,
-         f"must be from 0 to num_images = {config.num_images}"),
-    ]  # fmt: skip
-    problems = [f"{name} = {value} {limit}" for holds, name, value, limit in rules if not holds]
-    problems += _unknown(config.grid, "grid")
-    problems += [
-        f"grid.{where} = {values!r} is empty"
-        for where, values in _leaves(config.grid)
-        if isinstance(values, list | tuple) and not values
-    ]
-    for name, point in config.points.items():
-        if isinstance(point, Mapping):
-            problems += _unknown(point, f"points.{name}")
-        else:
-            problems.append(f"points.{name} = {point!r} must be a section of fields")
-    return problems
-
-
-def _leaves(changes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Every value of a grid with its field's name."""
-    found = []
-    for name, value in changes.items():
-        inner = _leaves(value) if isinstance(value, Mapping) else [("", value)]
-        found += [(f"{name}.{rest}".rstrip("."), each) for rest, each in inner]
-    return found
-
-
-def _unknown(changes: Mapping[str, Any], path: str) -> list[str]:
-    """A phrase for each thing in a grid or a point that no run's config has."""
-    problems = []
-    for section, values in changes.items():
-        if section == "workdir":
-            several = path == "grid" and isinstance(values, list | tuple)
-            problems += [f"{path}.workdir = {each!r} must be a path"
-                         for each in (values if several else [values])
-                         if not isinstance(each, str)]  # fmt: skip
-        elif section not in SECTIONS:
-            problems.append(f"{path}.{section} is nothing to compare{_guess(section, SECTIONS)}")
-        elif not isinstance(values, Mapping):
-            problems.append(f"{path}.{section} = {values!r} must be a section of fields")
-        else:
-            known = SECTIONS[section]
-            problems += [
-                f"{path}.{section}.{name} is nothing to compare{_guess(name, known)}"
-                for name in values
-                if name not in known
-            ]
-    return problems
-
-
-def _guess(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), [*known, "workdir"], n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    RULES = (
+        ("grid points", _comparable, "holds nothing to compare, nor does {1}"),
+        ("seeds", lambda seeds: 0 < len(seeds) == len(set(seeds)),
+         "must be at least one, all different"),
+        ("sheet num_images", lambda sheet, images: sheet <= images, "must be at most {1}"),
+    )  # fmt: skip

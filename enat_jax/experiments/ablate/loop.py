@@ -22,7 +22,7 @@ from enat_jax.experiments.ablate.plot import draw_pareto
 from enat_jax.experiments.ablate.points import Point, make_points
 from enat_jax.experiments.ablate.sheet import keep_tiles, write_sheet
 from enat_jax.experiments.table import Row, Table, write_csv
-from enat_jax.parallel.compile_clock import compile_seconds
+from enat_jax.parallel.compilation import compile_seconds
 from enat_jax.sampling.sampler import Sampler, restore, sampler_of
 
 _COSTS = ("gigaflop_per_image", "gigamac_per_image", "padding")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from enat_jax.checkpoints.weights_digest import weights_digest
+from enat_jax.checkpoints.digests import weights_digest
 from enat_jax.config import Config, config_from_dict
 from enat_jax.core.generate import Layout
 from enat_jax.core.plans import padding

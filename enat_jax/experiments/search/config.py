@@ -1,12 +1,10 @@
 """The config of a search: what is searched, how, and what it is judged by."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from enat_jax.config_file import make_config, read_fields
-from enat_jax.evaluation.objective import ObjectiveConfig
+from enat_jax.config import ObjectiveConfig
+from enat_jax.config_file import limited
 
 
 @dataclass(frozen=True)
@@ -21,11 +19,11 @@ class SgdConfig:
         momentum: share of the last update's direction that is kept.
     """
 
-    ratio_probe: float = 1e-2
-    probe: float = 0.1
-    ratio_learning_rate: float = 1e-3
-    learning_rate: float = 0.1
-    momentum: float = 0.5
+    ratio_probe: float = limited(1e-2, above=0)
+    probe: float = limited(0.1, above=0)
+    ratio_learning_rate: float = limited(1e-3, above=0)
+    learning_rate: float = limited(0.1, above=0)
+    momentum: float = limited(0.5, at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class CmaConfig:
         spread: of the other numbers, relative to their start where that is above 1.
     """
 
-    population: int = 0
-    ratio_spread: float = 0.03
-    spread: float = 0.25
+    population: int = limited(0, at_least=2, or_zero=True)
+    ratio_spread: float = limited(0.03, above=0)
+    spread: float = limited(0.25, above=0)
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,9 @@ class TrainingSearchConfig:
         steps: training steps of a candidate; 0: as many as the run has.
     """
 
-    rounds: int = 0
-    factor: float = 1.25
-    steps: int = 0
+    rounds: int = limited(0, at_least=0)
+    factor: float = limited(1.25, above=1)
+    steps: int = limited(0, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -88,16 +86,16 @@ class SearchConfig:
         training: the search over training's mask ratios.
     """
 
-    steps: int = 8
+    steps: int = limited(8, at_least=1)
     start: str = "published"
     optimiser: Literal["sgd", "cma"] = "sgd"
-    num_images: tuple[int, ...] = (50_000,)
-    updates: tuple[int, ...] = (100,)
+    num_images: tuple[int, ...] = limited((50_000,), at_least=2)
+    updates: tuple[int, ...] = limited((100,), at_least=1)
     classes: Literal["random", "balanced"] = "random"
-    seed: int = 0
-    strategies_per_call: int = 0
-    strategies_at_once: int = 1
-    margin: float = 2.0
+    seed: int = limited(0, at_least=0, below=2**32)
+    strategies_per_call: int = limited(0, at_least=0)
+    strategies_at_once: int = limited(1, at_least=1)
+    margin: float = limited(2.0, at_least=1)
     on_nonfinite: Literal["stop", "worst"] = "stop"
     generator: tuple[str, ...] = ()
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -105,59 +103,7 @@ class SearchConfig:
     cma: CmaConfig = field(default_factory=CmaConfig)
     training: TrainingSearchConfig = field(default_factory=TrainingSearchConfig)
 
-
-def load_search_config(path: str, overrides: Sequence[str] = ()) -> SearchConfig:
-    """Reads a search's config file, applies overrides (`field=value`), and checks the whole.
-
-    Raises:
-        ConfigError: an unreadable file, unknown fields, wrong types or values; all at once.
-    """
-    return make_config(SearchConfig, read_fields(path), check, overrides)
-
-
-def check(cfg: SearchConfig) -> list[str]:
-    """What is wrong with a config, one phrase per problem, each with value, limit and field."""
-    at_least = {
-        "steps": (cfg.steps, 1),
-        **{f"num_images[{i}]": (n, 2) for i, n in enumerate(cfg.num_images)},
-        **{f"updates[{i}]": (n, 1) for i, n in enumerate(cfg.updates)},
-        "seed": (cfg.seed, 0),
-        "strategies_per_call": (cfg.strategies_per_call, 0),
-        "strategies_at_once": (cfg.strategies_at_once, 1),
-        "margin": (cfg.margin, 1),
-        "cma.population": (cfg.cma.population, 0),
-        "training.rounds": (cfg.training.rounds, 0),
-        "training.steps": (cfg.training.steps, 0),
-    }
-    problems = [
-        f"{name} = {value} must be at least {limit}"
-        for name, (value, limit) in at_least.items()
-        if not value >= limit
-    ]
-    above = {
-        "sgd.ratio_probe": cfg.sgd.ratio_probe,
-        "sgd.probe": cfg.sgd.probe,
-        "sgd.ratio_learning_rate": cfg.sgd.ratio_learning_rate,
-        "sgd.learning_rate": cfg.sgd.learning_rate,
-        "cma.ratio_spread": cfg.cma.ratio_spread,
-        "cma.spread": cfg.cma.spread,
-    }
-    problems += [
-        f"{name} = {value} must be above 0 and finite"
-        for name, value in above.items()
-        if not 0 < value < math.inf
-    ]
-    if not 0 <= cfg.sgd.momentum < 1:
-        problems.append(f"sgd.momentum = {cfg.sgd.momentum} must be in [0, 1)")
-    if cfg.training.factor <= 1:
-        problems.append(f"training.factor = {cfg.training.factor} must be above 1")
-    if cfg.cma.population == 1:
-        problems.append("cma.population = 1 must be 0 or at least 2")
-    if cfg.seed >= 2**32:
-        problems.append(f"seed = {cfg.seed} must be below 2**32")
-    if not cfg.num_images or len(cfg.num_images) != len(cfg.updates):
-        problems.append(
-            f"num_images = {cfg.num_images} and updates = {cfg.updates} must be of one length: an"
-            " entry per phase"
-        )
-    return problems
+    RULES = (
+        ("num_images updates", lambda images, updates: 0 < len(images) == len(updates),
+         "and {1} must be of one length: an entry per phase"),
+    )  # fmt: skip

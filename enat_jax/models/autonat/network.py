@@ -1,8 +1,7 @@
 """AutoNAT: one Transformer with long skips (U-ViT) that reads all tokens at every step."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,14 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from enat_jax.core.plans import Plan
-from enat_jax.models.attention import Implementation, attend
-from enat_jax.models.head import Head
+from enat_jax.core.network import Features, RowPlan, Tokens
+from enat_jax.models.attention import attend
+from enat_jax.models.autonat.config import AutoNATConfig
+from enat_jax.models.config import Implementation
 from enat_jax.models.layers import (
     EMBEDDING_STD,
     UNPLACED,
+    Head,
     LayerNorm,
     Linear,
     Mlp,
@@ -23,64 +24,11 @@ from enat_jax.models.layers import (
     dropout,
 )
 from enat_jax.models.rows import Rows
-from enat_jax.models.stack import Remat, make_stack, run_stack, unstack
+from enat_jax.models.stack import make_stack, run_stack, unstack
 
 EPSILON = 1e-5  # of the norms inside blocks
 # the reference cuts the normal distribution at 2, a hundred standard deviations
 normal = nnx.initializers.normal(EMBEDDING_STD)
-
-
-@dataclass(frozen=True)
-class AutoNATConfig:
-    """Sizes of AutoNAT and how it computes; AutoNAT-L's by default.
-
-    Attributes:
-        name: which network this is.
-        length: tokens per image.
-        codebook_size: number of discrete codes; also the mask token's id.
-        num_classes: number of classes; also the null class's id.
-        width: features per token.
-        num_heads: attention heads; divides `width`.
-        depth: blocks beside the middle one, an even number: half of them hand skips to the others.
-        mlp_ratio: hidden width of the MLPs over `width`.
-        dropout: rate on the tokens' embeddings, in training only.
-        dtype: type of activations and matrix operands; parameters stay float32.
-        attention: implementation of attention.
-        remat: what the backward pass recomputes.
-    """
-
-    name: Literal["autonat"] = "autonat"
-    length: int = 256
-    codebook_size: int = 1024
-    num_classes: int = 1000
-    width: int = 768
-    num_heads: int = 8
-    depth: int = 24
-    mlp_ratio: float = 4.0
-    dropout: float = 0.1
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Implementation = "xla"
-    remat: Remat = "none"
-
-    @property
-    def mask_id(self) -> int:
-        """The id that stands for a masked token."""
-        return self.codebook_size
-
-    @property
-    def carries_features(self) -> bool:
-        """Whether a step can read what earlier steps computed."""
-        return False
-
-    @property
-    def carries_masked_features(self) -> bool:
-        """Whether a step reads what the one before computed of tokens then masked."""
-        return False
-
-    @property
-    def null_class_id(self) -> int:
-        """The class of the unconditional branch."""
-        return self.num_classes
 
 
 class UViTBlock(nnx.Module):
@@ -120,6 +68,8 @@ class UViTBlock(nnx.Module):
 class AutoNAT(nnx.Module):
     """The network of AutoNAT (CVPR 2024): a class token and all tokens, masked ones included.
 
+    A condition is the images' class ids.
+
     Args:
         cfg: sizes.
         rngs: keys of the initialisation.
@@ -148,29 +98,51 @@ class AutoNAT(nnx.Module):
             cfg.width, cfg.codebook_size, dtype=jnp.dtype(cfg.dtype), rngs=rngs, kernel_init=normal
         )
 
-    def embed_class(self, class_ids: Int[Array, " b"]) -> Float[Array, "b 1 d"]:
-        """The class token."""
-        class_ids = class_ids[:, None]
-        return self.class_embedding(class_ids, jnp.zeros_like(class_ids)).astype(self.cfg.dtype)
+    def null_condition(self, condition: Int[Array, "b g"]) -> Int[Array, "b g"]:
+        """The null class."""
+        return jnp.full_like(condition, self.cfg.null_class_id)
+
+    def embed_condition(self, condition: Int[Array, "b g"]) -> Float[Array, "b g d"]:
+        """The class token of each image."""
+        return self.class_embedding(condition, jnp.zeros_like(condition)).astype(self.cfg.dtype)
 
     def __call__(
         self,
-        class_token: Float[Array, "b 1 d"],
-        token_ids: Int[Array, "b n"],
-        positions: Int[Array, "b n"],
+        condition: Float[Array, "b g d"],
+        tokens: Tokens,
+        row: RowPlan,
         *,
+        recalled: Any = None,
         key: jax.Array | None = None,
-    ) -> Float[Array, "b n d"]:
-        """Features of all tokens, in the order they are given in.
+    ) -> Features:
+        """Features of all tokens; images of a row do not read each other.
+
+        Padding costs nothing but rows of the head. Plans have no previous tokens: all visible ones
+        are new to every step.
 
         Args:
-            class_token: from `embed_class`.
-            token_ids: ids, the mask's among them.
-            positions: their positions, in any order.
+            condition: from `embed_condition`.
+            tokens: visible and masked ones.
+            row: whose they are.
+            recalled: nothing, ever.
             key: turns dropout on.
         """
-        x = dropout(self.embedding(token_ids, positions), self.cfg.dropout, key)
-        x = jnp.concatenate([class_token, x.astype(self.cfg.dtype)], axis=1)
+        rows, g = Rows(self.cfg.length, row), len(row.plans)
+        masks = jnp.full_like(tokens.masked_positions, self.cfg.mask_id)
+        ids, positions = (
+            rearrange(rows.together(visible, masked), "b (g l) -> (b g) l", g=g)
+            for visible, masked in (
+                (tokens.ids, masks),
+                (tokens.positions, tokens.masked_positions),
+            )
+        )
+        x = dropout(self.embedding(ids, positions), self.cfg.dropout, key).astype(self.cfg.dtype)
+        x = jnp.concatenate([rearrange(condition, "b g d -> (b g) 1 d"), x], axis=1)
+        x = self.run(x)[:, 1:]
+        return Features(None, *rows.apart(rearrange(x, "(b g) l d -> b (g l) d", g=g)))
+
+    def run(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """All tokens through all blocks, with skips from the inward to the outward half."""
 
         def apply(block: UViTBlock, x: Array, skip: Array | None) -> Array:
             return self.placement.activations(block(x, skip), "rows")
@@ -179,81 +151,27 @@ class AutoNAT(nnx.Module):
         x, skips = run_stack(self.inward, x, None, apply, place, remat=remat, keep=True)
         x = apply(place.block(self.middle), x, None)
         last_first = skips[::-1] if isinstance(skips, list) else skips[:, ::-1]
-        x = run_stack(self.outward, x, last_first, apply, place, remat=remat)
-        return x[:, 1:]
+        return run_stack(self.outward, x, last_first, apply, place, remat=remat)
 
     def logits(self, features: Float[Array, "b n d"]) -> Float[Array, "b n v"]:
         """Scores over the codebook, float32."""
         return self.head(features, self.embedding.word[...])
 
-    # What training asks of a network (`training_step.Network`).
-
-    def remember(
-        self,
-        class_ids: Int[Array, "b g"],
-        token_ids: Int[Array, "b p"],
-        positions: Int[Array, "b p"],
-        hidden_positions: Int[Array, "b h"],
-        plans: Sequence[Plan],
-    ) -> None:
-        """Nothing: every step reads all tokens anew."""
-
-    def train_logits(
-        self,
-        class_ids: Int[Array, "b g"],
-        token_ids: Int[Array, "b n"],
-        positions: Int[Array, "b n"],
-        masked_positions: Int[Array, "b m"],
-        plans: Sequence[Plan],
-        *,
-        features: None = None,
-        key: jax.Array | None,
-    ) -> Float[Array, "b m v"]:
-        """Logits of a row's masked tokens; images of a row do not read each other."""
-        masks = jnp.full_like(masked_positions, self.cfg.mask_id)
-        rows, g = Rows(self.cfg.length, plans), len(plans)
-        ids, where = (
-            rearrange(rows.together(visible, masked), "b (g l) -> (b g) l", g=g)
-            for visible, masked in ((token_ids, masks), (positions, masked_positions))
-        )
-        x = self(self.embed_class(rearrange(class_ids, "b g -> (b g)")), ids, where, key=key)
-        _, masked = rows.apart(rearrange(x, "(b g) l d -> b (g l) d", g=g))
-        return self.logits(masked)
-
-    # What the generation loop asks of a network (`generate.Network`).
-
-    def condition(self, class_ids: Int[Array, " b"]) -> Float[Array, "b 1 d"]:
-        """The class token."""
-        return self.embed_class(class_ids)
-
-    def initial_state(self, batch: int, capacity: int) -> tuple[()]:
+    def initial_memory(self, batch: int, capacity: int) -> tuple[()]:
         """Nothing is carried from step to step."""
         return ()
 
     def predict(
-        self,
-        condition: Float[Array, "b 1 d"],
-        state: tuple[()],
-        token_ids: Int[Array, "b n"],
-        positions: Int[Array, "b n"],
-        masked_positions: Int[Array, "b m"],
-        shape: Plan,
-        counts: Plan | None,
+        self, condition: Float[Array, "b g d"], memory: tuple[()], tokens: Tokens, row: RowPlan
     ) -> tuple[Float[Array, "b m v"], tuple[()]]:
-        """Logits of the masked tokens; padding costs nothing but rows of the head.
+        """Logits of the masked tokens."""
+        return self.logits(self(condition, tokens, row).masked), memory
 
-        Plans have no previous tokens: all visible ones are new to every step.
-        """
-        assert shape.previous == 0
-        rows = Rows(self.cfg.length, [shape], counts)
-        masks = jnp.full_like(masked_positions, self.cfg.mask_id)
-        ids, where = rows.together(token_ids, masks), rows.together(positions, masked_positions)
-        _, masked = rows.apart(self(condition, ids, where))
-        return self.logits(masked), state
+    def recall(self, condition: Float[Array, "b g d"], tokens: Tokens, row: RowPlan) -> None:
+        """Nothing: every step reads all tokens anew."""
 
     def unstacked(self) -> "AutoNAT":
         """The same network with every block's weights in arrays of their own."""
-        graphdef, params = nnx.split(self)
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(*nnx.split(self))
         model.inward, model.outward = unstack(self.inward), unstack(self.outward)
         return model

@@ -1,7 +1,7 @@
-"""The Transformer block: attention, then an MLP, under adaLN on rows that pack images."""
+"""The Transformer block of ENAT: SC-attention, then an MLP, under adaLN on rows of images."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,135 +10,111 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from enat_jax.models.attention import Implementation, SelfCrossAttention, Valid
+from enat_jax.models.attention import Segments, SelfCrossAttention
+from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.layers import Linear, Mlp, layer_norm, zeros
 
 BLOCK_EPSILON = 1e-6  # of the norms inside blocks and of those that feed them
 
 
-ContextAttention = Literal["joint", "alternating", "none"]
+class Vectors(NamedTuple):
+    """AdaLN's vectors of own tokens, `[b n d]` each: of the attention, then of the MLP."""
 
-# which of adaLN's vectors are own tokens' (shift, scale and gate of the attention, of the MLP, and
-# of a cross-attention), and which are context tokens' (shift and scale)
-_READERS: dict[ContextAttention, tuple[tuple[int, ...], slice]] = {
-    "none": ((0, 1, 2, 3, 4, 5), slice(0)),
-    "joint": ((0, 1, 4, 5, 6, 7), slice(2, 4)),
-    "alternating": ((0, 1, 4, 5, 6, 7, 8, 9, 10), slice(2, 4)),
-}
-VECTORS: dict[ContextAttention, int] = {"none": 6, "joint": 8, "alternating": 11}
-"""How many vectors adaLN makes per block and image."""
+    shift: Float[Array, "b _ d"]
+    scale: Float[Array, "b _ d"]
+    gate: Float[Array, "b _ d"]
+    mlp_shift: Float[Array, "b _ d"]
+    mlp_scale: Float[Array, "b _ d"]
+    mlp_gate: Float[Array, "b _ d"]
 
 
 class Block(nnx.Module):
-    """Attention and an MLP, modulated by the class through adaLN.
+    """Attention and an MLP, modulated through adaLN.
 
     Args:
-        width: features per token.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `width`.
-        dtype: of activations.
-        attention: implementation of attention.
+        cfg: the network's.
+        reads_context: whether it reads context beside its own tokens (SC-attention).
         rngs: keys of the initialisation.
-        context: `joint` reads context and own tokens in one softmax (SC-attention), `alternating`
-            has a self-attention and then a cross-attention, `none` reads no context.
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        *,
-        dtype: jnp.dtype,
-        attention: Implementation,
-        rngs: nnx.Rngs,
-        context: ContextAttention = "joint",
-    ):
-        def attend(*, own: bool, context: bool) -> SelfCrossAttention:
-            return SelfCrossAttention(
-                width,
-                num_heads,
-                dtype=dtype,
-                implementation=attention,
-                rngs=rngs,
-                reads_own=own,
-                reads_context=context,
-            )
+    # adaLN's vectors in the order in which one linear layer makes them
+    VECTORS: ClassVar = ("shift", "scale", "context_shift", "context_scale", "gate",
+                         "mlp_shift", "mlp_scale", "mlp_gate")  # fmt: skip
+    JOINT: ClassVar = True  # context and own tokens are read in one softmax
 
-        self.context: ContextAttention = context
-        self.attention = attend(own=True, context=context == "joint")
-        self.mlp = Mlp(width, mlp_ratio, dtype=dtype, rngs=rngs)
+    def __init__(self, cfg: ENATConfig, *, reads_context: bool, rngs: nnx.Rngs):
+        self.vectors = self.vector_names(reads_context)
+        joint = reads_context and self.JOINT
+        self.attention = self.make_attention(cfg, rngs=rngs, reads_context=joint)
+        dtype = jnp.dtype(cfg.dtype)
+        self.mlp = Mlp(cfg.width, cfg.mlp_ratio, dtype=dtype, rngs=rngs)
         # zero: every block starts as the identity
-        self.modulation = Linear(
-            width, VECTORS[context] * width, dtype=dtype, kernel_init=zeros, rngs=rngs
+        out = len(self.vectors) * cfg.width
+        self.modulation = Linear(cfg.width, out, dtype=dtype, kernel_init=zeros, rngs=rngs)
+
+    @classmethod
+    def vector_names(cls, reads_context: bool) -> tuple[str, ...]:
+        """AdaLN's vectors, those of context tokens where there are any."""
+        return tuple(name for name in cls.VECTORS if reads_context or "context" not in name)
+
+    @staticmethod
+    def make_attention(cfg: ENATConfig, *, rngs: nnx.Rngs, **reads: bool) -> SelfCrossAttention:
+        """Attention of the config's sizes."""
+        return SelfCrossAttention(
+            cfg.width,
+            cfg.num_heads,
+            dtype=jnp.dtype(cfg.dtype),
+            implementation=cfg.attention,
+            rngs=rngs,
+            **reads,
         )
-        alternating = context == "alternating"
-        self.cross_attention = attend(own=False, context=True) if alternating else None
 
     def __call__(
         self,
         x: Float[Array, "b n d"],
         context: Float[Array, "b m d"] | None,
         modulation: Float[Array, "b g r"],
-        *,
-        own_counts: Sequence[int],
-        context_blocks: Sequence[Sequence[int]] = (),
-        valid: Valid | None = None,
+        segments: Segments,
     ) -> Float[Array, "b n d"]:
-        """Updates own tokens; `context` is already normalised, for it is the same in all blocks."""
-        own_part, context_part = _by_reader(modulation, self.context)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *cross = jnp.split(
-            spread_over_tokens(own_part, [own_counts]).astype(jnp.float32),
-            len(_READERS[self.context][0]),
-            axis=-1,
-        )
+        """Updates own tokens.
+
+        Args:
+            x: own tokens, image after image.
+            context: normalised tokens that are only read; None where there are none.
+            modulation: adaLN's vectors of each image, from `self.modulation`.
+            segments: whose tokens are whose.
+        """
+        own = Vectors(*self.read_vectors(modulation, Vectors._fields, [segments.own]))
         if context is not None:
-            context_shift, context_scale = jnp.split(
-                spread_over_tokens(context_part, context_blocks).astype(jnp.float32), 2, axis=-1
-            )
-            context = context * (1 + context_scale) + context_shift
-        own_valid, cross_valid = valid, None
-        if valid is not None and self.cross_attention is not None:
-            cross_valid, own_valid = zip(
-                *(
-                    jnp.split(mask, [mask.shape[-1] - count], axis=-1)
-                    for mask, count in zip(valid, own_counts, strict=True)
-                ),
-                strict=True,
-            )
-        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + scale) + shift
-        y = self.attention(
-            y,
-            context if self.context == "joint" else None,
-            own_counts=own_counts,
-            context_blocks=context_blocks,
-            valid=own_valid,
-        )
-        x = (x + gate * y).astype(x.dtype)
-        if self.cross_attention is not None and context is not None:
-            shift, scale, gate = cross
-            y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + scale) + shift
-            y = self.cross_attention(
-                y,
-                context,
-                own_counts=own_counts,
-                context_blocks=context_blocks,
-                valid=cross_valid,
-            )
-            x = (x + gate * y).astype(x.dtype)
-        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + mlp_scale) + mlp_shift
-        return (x + mlp_gate * self.mlp(y)).astype(x.dtype)
+            context = self.modulated_context(context, modulation, segments)
+        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + own.scale) + own.shift
+        x = (x + own.gate * self.attention(y, context, segments)).astype(x.dtype)
+        return self.update_by_mlp(x, own)
 
+    def modulated_context(
+        self, context: Float[Array, "b m d"], modulation: Float[Array, "b g r"], segments: Segments
+    ) -> Float[Array, "b m d"]:
+        """Context with its own shift and scale."""
+        names = ("context_shift", "context_scale")
+        shift, scale = self.read_vectors(modulation, names, segments.context)
+        return context * (1 + scale) + shift
 
-def _by_reader(
-    modulation: Float[Array, "b g k"], attention: ContextAttention
-) -> tuple[Float[Array, "b g own"], Float[Array, "b g context"]]:
-    """Splits adaLN's vectors into those of own tokens and the two of context tokens."""
-    own, context = _READERS[attention]
-    vectors = rearrange(modulation, "b g (r d) -> b g r d", r=VECTORS[attention])
-    parts = vectors[:, :, np.array(own)], vectors[:, :, context]
-    of_own, of_context = (rearrange(part, "b g r d -> b g (r d)") for part in parts)
-    return of_own, of_context
+    def update_by_mlp(self, x: Float[Array, "b n d"], own: Vectors) -> Float[Array, "b n d"]:
+        """The block's second half."""
+        y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + own.mlp_scale) + own.mlp_shift
+        return (x + own.mlp_gate * self.mlp(y)).astype(x.dtype)
+
+    def read_vectors(
+        self,
+        modulation: Float[Array, "b g r"],
+        names: Sequence[str],
+        blocks: Sequence[Sequence[int]],
+    ) -> list[Float[Array, "b _ d"]]:
+        """Vectors by name, in float32, each image's spread over its tokens."""
+        vectors = rearrange(modulation, "b g (r d) -> b g r d", r=len(self.vectors))
+        chosen = vectors[:, :, np.array([self.vectors.index(name) for name in names])]
+        spread = spread_over_tokens(rearrange(chosen, "b g r d -> b g (r d)"), blocks)
+        return jnp.split(spread.astype(jnp.float32), len(names), axis=-1)
 
 
 def spread_over_tokens(

@@ -1,11 +1,9 @@
 """ENAT's config: its sizes, how it computes, and which variant of the paper's it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from enat_jax.models.attention import Implementation
-from enat_jax.models.enat.block import ContextAttention
-from enat_jax.models.stack import Remat
+from enat_jax.models.config import TransformerConfig
 
 Blocked = Literal[
     "none",
@@ -14,27 +12,17 @@ Blocked = Literal[
     "visible_to_visible",
     "masked_to_masked",
 ]
+ContextAttention = Literal["joint", "alternating", "none"]
 Reuse = Literal["last_layer", "none", "all_tokens", "all_layers"]
 
 
 @dataclass(frozen=True)
-class ENATConfig:
+class ENATConfig(TransformerConfig):
     """Sizes of ENAT, how it computes, and which of the paper's ablations it is (section 5.3).
 
     Attributes:
-        name: which network this is.
-        length: tokens per image.
-        codebook_size: number of discrete codes; also the mask token's id.
-        num_classes: number of classes; also the null class's id.
-        width: features per token.
-        num_heads: attention heads; divides `width`.
         encoder_depth: blocks that new tokens run through; all tokens where the stack is shared.
         decoder_depth: blocks that masked tokens run through; 0 where the stack is shared.
-        mlp_ratio: hidden width of the MLPs over `width`.
-        dropout: rate on the embeddings, in training only.
-        dtype: type of activations and matrix operands; parameters stay float32.
-        attention: implementation of attention.
-        remat: what the backward pass recomputes.
         stacks: `separate` gives visible tokens to the encoder and masked ones to the decoder;
             `shared` is the paper's baseline: all tokens run through one stack, the encoder, and
             read each other.
@@ -52,18 +40,8 @@ class ENATConfig:
     """
 
     name: Literal["enat"] = "enat"
-    length: int = 256
-    codebook_size: int = 1024
-    num_classes: int = 1000
-    width: int = 768
-    num_heads: int = 8
-    encoder_depth: int = 15
-    decoder_depth: int = 1
-    mlp_ratio: float = 4.0
-    dropout: float = 0.1
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Implementation = "xla"
-    remat: Remat = "none"
+    encoder_depth: int = field(default=15, metadata={"at_least": 1})
+    decoder_depth: int = field(default=1, metadata={"at_least": 0})
     stacks: Literal["separate", "shared"] = "separate"
     blocked: Blocked = "none"
     context_attention: Literal["joint", "alternating"] = "joint"
@@ -71,10 +49,18 @@ class ENATConfig:
     reuse_projection: bool = True
     reproject: bool = True
 
-    @property
-    def mask_id(self) -> int:
-        """The id that stands for a masked token."""
-        return self.codebook_size
+    RULES = (
+        ("decoder_depth stacks", lambda depth, stacks: (depth == 0) == (stacks == "shared"),
+         "must be 0 where one stack is shared, else at least 1: {1}"),
+        ("reuse stacks", lambda reuse, stacks: stacks == "separate" or reuse == "none",
+         "must be 'none' with {1}"),
+        ("context_attention stacks", lambda how, stacks: stacks == "separate" or how == "joint",
+         "must be 'joint' with {1}, which has no context"),
+        ("blocked stacks", lambda blocked, stacks: stacks == "shared" or blocked == "none",
+         "must be 'none' where no stack is shared: {1}"),
+        ("reuse_projection reuse", lambda projects, reuse: projects or reuse != "none",
+         "must be True with {1}, which projects nothing"),
+    )  # fmt: skip
 
     @property
     def carries_features(self) -> bool:
@@ -87,11 +73,6 @@ class ENATConfig:
         return self.reuse == "all_tokens"
 
     @property
-    def null_class_id(self) -> int:
-        """The class of the unconditional branch."""
-        return self.num_classes
-
-    @property
     def encoder_attention(self) -> ContextAttention:
         """How the encoder's blocks read context: reused features."""
         return self.context_attention if self.carries_features else "none"
@@ -100,27 +81,3 @@ class ENATConfig:
     def decoder_attention(self) -> ContextAttention:
         """How the decoder's blocks read context: visible tokens' features."""
         return self.context_attention
-
-
-def problems(cfg: ENATConfig) -> list[str]:
-    """Which fields do not go together, one phrase per problem, each with value, limit and field."""
-    shared = cfg.stacks == "shared"
-    rules = [
-        (cfg.encoder_depth >= 1, "encoder_depth", "must be at least 1"),
-        (shared or cfg.decoder_depth >= 1, "decoder_depth", "must be at least 1"),
-        (not shared or cfg.decoder_depth == 0, "decoder_depth",
-         "must be 0 with model.stacks = 'shared': all blocks are the encoder's"),
-        (not shared or cfg.reuse == "none", "reuse",
-         "must be 'none' with model.stacks = 'shared'"),
-        (not shared or cfg.context_attention == "joint", "context_attention",
-         "must be 'joint' with model.stacks = 'shared', which has no context"),
-        (shared or cfg.blocked == "none", "blocked",
-         "must be 'none' but with model.stacks = 'shared'"),
-        (cfg.reuse_projection or cfg.carries_features, "reuse_projection",
-         "must be True with model.reuse = 'none', which projects nothing"),
-    ]  # fmt: skip
-    return [
-        f"model.{name} = {getattr(cfg, name)!r} {limit}"
-        for holds, name, limit in rules
-        if not holds
-    ]

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from enat_jax.core.plans import Plan
-from enat_jax.models.enat.block import VECTORS, ContextAttention
-from enat_jax.models.enat.config import ENATConfig
+from enat_jax.models.enat.config import ContextAttention, ENATConfig
+
+VECTORS: dict[ContextAttention, int] = {"none": 6, "joint": 8, "alternating": 11}
+"""How many vectors adaLN makes per block and image."""
 
 
 def modulation_flops(cfg: ENATConfig) -> float:

@@ -9,9 +9,10 @@ from PIL import Image
 
 import enat_jax
 from enat_jax.config import override_config
+from enat_jax.config_file import make_config
 from enat_jax.errors import UserError
 from enat_jax.experiments.ablate import loop
-from enat_jax.experiments.ablate.config import ablation_from_dict
+from enat_jax.experiments.ablate.config import AblateConfig
 from enat_jax.experiments.ablate.loop import ablate
 from enat_jax.models.flops import generation_flops
 from enat_jax.sampling import program
@@ -44,7 +45,8 @@ def run(out, workdir, log=lambda line: None, function="checksum", output="token_
     objective = {"name": f"{__name__}:{function}", "output": output}
     fields = {"grid": grid, "objective": objective, "num_images": IMAGES, "timed_batches": 2,
               "sheet": 10, "seeds": (5, 6), **fields}  # fmt: skip
-    return ablate(ablation_from_dict(fields), out, workdir=workdir and str(workdir), log=log)
+    cfg = make_config(AblateConfig, fields)
+    return ablate(cfg, out, workdir=workdir and str(workdir), log=log)
 
 
 def rows(folder, name="results.csv"):

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
+from enat_jax.config_file import make_config
 from enat_jax.errors import UserError
-from enat_jax.experiments.ablate.config import ablation_from_dict
+from enat_jax.experiments.ablate.config import AblateConfig
 from enat_jax.experiments.ablate.points import make_points
 from tests.support.made_up import made_up, save
 
@@ -16,7 +17,7 @@ def run(tmp_path_factory):
 def points(workdir, grid=None, named=None, log=print, **fields):
     fields = {"grid": grid or {}, "points": named or {}, "num_images": 10, **fields}
     fields.setdefault("objective", {"name": "math:sqrt", "output": "token_ids"})
-    return make_points(ablation_from_dict(fields), workdir, log=log)
+    return make_points(make_config(AblateConfig, fields), workdir, log=log)
 
 
 def test_a_grid_is_all_combinations_named_by_what_varies(run):

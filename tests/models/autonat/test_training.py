@@ -12,7 +12,7 @@ from enat_jax.config import load_config
 from enat_jax.config_file import ConfigError
 from enat_jax.core.plans import Plan
 from enat_jax.models.autonat.network import AutoNATConfig
-from enat_jax.sampling.program import abstract_params
+from enat_jax.models.networks import abstract_params
 from enat_jax.training.step import Draws, row_loss
 from enat_jax.training.train import train
 from tests.parallel.test_placement import placement_of, specs

@@ -8,7 +8,7 @@ from flax import nnx
 from enat_jax.models.autonat.network import AutoNATConfig
 from enat_jax.models.autonat.weights import rules, sizes_from_weights
 from enat_jax.models.import_table import ConvertError
-from enat_jax.sampling.program import abstract_params
+from enat_jax.models.networks import abstract_params
 from tests.support.recorded_autonat import (
     autonat_from,
     recorded_autonat,

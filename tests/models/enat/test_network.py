@@ -1,7 +1,5 @@
 """The network against recordings of the reference, and what may flow from where to where."""
 
-import dataclasses
-import functools
 import pathlib
 import re
 
@@ -14,14 +12,16 @@ from flax import nnx
 
 from enat_jax.config import load_config
 from enat_jax.convert.verify import verify
+from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
-from enat_jax.models.enat.network import BLOCK_EPSILON, ENAT
+from enat_jax.models.attention import Segments
+from enat_jax.models.enat.block import BLOCK_EPSILON
 from enat_jax.models.layers import layer_norm
 from tests.support.golden import enat_from
+from tests.support.networks import parameter_count
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-PLANS = (Plan(20, 12, 32), Plan(0, 10, 54), Plan(9, 0, 55))
 CONFIGS = sorted((pathlib.Path(__file__).parents[3] / "configs").glob("enat_*.py"))
 PARAMETERS = {  # with the MLP that the reference builds and never calls; millions in its paper
     "enat_s_256": (50_384_219, None),
@@ -94,7 +94,8 @@ def submodules(graphdef, params, arrays):
             block, part = blocks[int(numbered[1])], numbered[2]
             outputs[key] = block_part(block, part, name, arrays)
         elif module == "x_embedder":
-            outputs[key] = model.embed(own, jnp.broadcast_to(jnp.arange(own.shape[1]), own.shape))
+            positions = jnp.broadcast_to(jnp.arange(own.shape[1]), own.shape)
+            outputs[key] = model.embed(own, positions, None)
         elif module == "y_embedder":
             outputs[key] = model.class_embedding[...][own]
         elif module == "prev_proj":
@@ -130,8 +131,7 @@ def block_part(block, part, name, arrays):
             x,
             None if context is None else layer_norm(context, epsilon=BLOCK_EPSILON),
             modulation[:, None],
-            own_counts=[count],
-            context_blocks=[] if context is None else [[context.shape[1]]],
+            Segments([count], [] if context is None else [[context.shape[1]]]),
         )
     if part == "mlp":
         return block.mlp(arrays[f"{name}.mlp/in0"])
@@ -149,83 +149,29 @@ def block_part(block, part, name, arrays):
     return attention(
         own,
         context if context.shape[1] else None,
-        own_counts=[count],
-        context_blocks=[[context.shape[1]]],
+        Segments([count], [[context.shape[1]]]),
     )
 
 
 # Rows of several images.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def forward(graphdef, params, plans, row):
+def forward(graphdef, params, plans, row, recalled):
     """Features and logits of a row."""
     model = nnx.merge(graphdef, params)
-    out = model(
-        model.modulate(row["class_ids"]),
-        row["token_ids"],
-        row["positions"],
-        row["masked_positions"],
-        plans,
-        features=row["features"],
-    )
+    condition = model.embed_condition(row["class_ids"])
+    out = model(condition, row["tokens"], RowPlan(plans), recalled=recalled)
     return out, model.logits(out.masked)
 
 
-def make_row(model, plans, *, batch=2, seed=0, orders=None):
+def make_row(model, plans, orders, rng):
     """A row of random images; `orders` holds each image's positions in reveal order."""
-    rng = np.random.default_rng(seed)
-    if orders is None:
-        orders = [
-            np.stack([rng.permutation(model.cfg.length) for _ in range(batch)]) for _ in plans
-        ]
-    parts = {"features": [], "token_ids": [], "positions": [], "masked_positions": []}
-    for order, plan in zip(orders, plans, strict=True):
-        previous, new, masked = np.split(order, np.cumsum(plan)[:-1], axis=1)
-        parts["features"].append(rng.standard_normal((*previous.shape, model.cfg.width)))
-        parts["token_ids"].append(rng.integers(model.cfg.codebook_size, size=new.shape))
-        parts["positions"].append(new)
-        parts["masked_positions"].append(masked)
-    row = {name: jnp.asarray(np.concatenate(value, axis=1)) for name, value in parts.items()}
-    row["class_ids"] = jnp.asarray(rng.integers(model.cfg.num_classes, size=(batch, len(plans))))
-    return row
-
-
-def one_image(row, plans, image):
-    """The part of a row that belongs to one image."""
-    part = {"class_ids": row["class_ids"][:, image : image + 1]}
-    counts = {"features": 0, "token_ids": 1, "positions": 1, "masked_positions": 2}
-    for name, group in counts.items():
-        ends = np.cumsum([0, *(plan[group] for plan in plans)])
-        part[name] = row[name][:, ends[image] : ends[image + 1]]
-    return part
-
-
-@pytest.fixture(scope="module")
-def packed(enat):
-    """A row of three images and what the network makes of it."""
-    row = make_row(enat, PLANS)
-    return row, forward(*nnx.split(enat), PLANS, row)
-
-
-def test_a_packed_row_equals_separate_calls(enat, packed):
-    row, (features, logits) = packed
-    ends = {group: np.cumsum([0, *(p[group] for p in PLANS)]) for group in range(3)}
-    for image, plan in enumerate(PLANS):
-        alone, own_logits = forward(*nnx.split(enat), (plan,), one_image(row, PLANS, image))
-        for group, (ours, expected) in enumerate(zip(features, alone, strict=True)):
-            if plan[group]:
-                part = ours[:, ends[group][image] : ends[group][image + 1]]
-                np.testing.assert_allclose(part, expected, rtol=0, atol=2e-5)
-        part = logits[:, ends[2][image] : ends[2][image + 1]]
-        np.testing.assert_allclose(part, own_logits, rtol=0, atol=2e-5)
-
-
-def test_unstacked_equals_stacked(enat, packed):
-    row, expected = packed
-    ours = forward(*nnx.split(enat.unstacked()), PLANS, row)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    parts = [np.split(order, np.cumsum(plan)[:-1], axis=1)
+             for order, plan in zip(orders, plans, strict=True)]  # fmt: skip
+    previous, new, masked = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    ids = jnp.asarray(rng.integers(model.cfg.codebook_size, size=new.shape))
+    features = jnp.asarray(rng.standard_normal((*previous.shape, model.cfg.width)), jnp.float32)
+    return Tokens(ids, jnp.asarray(new), jnp.asarray(masked)), features
 
 
 def test_information_flows_as_the_paper_says(enat):
@@ -233,18 +179,19 @@ def test_information_flows_as_the_paper_says(enat):
     plans = (Plan(6, 5, 21), Plan(4, 8, 20))
     rng = np.random.default_rng(1)
     orders = [rng.permutation(32)[None], 32 + rng.permutation(32)[None]]
-    row = make_row(enat, plans, batch=1, orders=orders) | {"class_ids": jnp.array([[3, 7]])}
+    tokens, features = make_row(enat, plans, orders, rng)
+    row = {"tokens": tokens, "class_ids": jnp.array([[3, 7]])}
     direction = jnp.asarray(rng.standard_normal(enat.cfg.width), jnp.float32)
     embeddings = ("embedding", "class_embedding")
     graphdef, params, others = nnx.split(enat, lambda path, _: path[0] in embeddings, ...)
 
     def outputs(params, features):
         everything = nnx.split(nnx.merge(graphdef, params, others))
-        out, logits = forward.__wrapped__(*everything, plans, row | {"features": features})
+        out, logits = forward(*everything, plans, row, features)
         # of the first image: one previous, one new and one masked token
         return jnp.stack([out.previous[0, 2], out.new[0, 1], logits[0, 3]]) @ direction
 
-    by_params, features = jax.jit(jax.jacrev(outputs, argnums=(0, 1)))(params, row["features"])
+    by_params, features = jax.jit(jax.jacrev(outputs, argnums=(0, 1)))(params, features)
     embedding = by_params["embedding"]
     read = (embedding["position"][...], embedding["word"][...], by_params["class_embedding"][...])
     position, word, classes, features = (np.abs(x).max(axis=-1) for x in (*read, features))
@@ -253,7 +200,7 @@ def test_information_flows_as_the_paper_says(enat):
         assert values[values > 0].min() > 1e-4
 
     new, masked = (set(part) for part in np.split(orders[0][0], [6, 11])[1:])
-    new_ids = set(np.asarray(row["token_ids"])[0, :5])
+    new_ids = set(np.asarray(tokens.ids)[0, :5])
     reads = [
         {"positions": set(), "words": set(), "classes": set(), "features": {2}},
         {"positions": new, "words": new_ids, "classes": {3}, "features": set(range(6))},
@@ -273,77 +220,7 @@ def test_information_flows_as_the_paper_says(enat):
         }
 
 
-def test_the_head_gives_the_word_matrix_no_gradient(enat):
-    graphdef, params = nnx.split(enat)
-    features = jax.random.normal(jax.random.key(0), (1, 4, enat.cfg.width))
-
-    def total(params, features):
-        return jnp.sum(jnp.square(nnx.merge(graphdef, params).logits(features)))
-
-    grads, into_features = jax.jit(jax.grad(total, argnums=(0, 1)))(params, features)
-    assert not np.any(grads["embedding"]["word"][...])
-    assert np.all(np.any(into_features, axis=-1))
-    assert np.flatnonzero(grads["head"]["bias"][...] == 0).tolist() == [enat.cfg.mask_id]
-
-
-# How it computes.
-
-
-def changed(model, **changes):
-    """The same weights under another config."""
-    cfg = dataclasses.replace(model.cfg, **changes)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: ENAT(cfg, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, nnx.state(model))
-
-
-def test_remat_recomputes_more_and_changes_no_gradient(enat):
-    plans = PLANS[:1]
-    row = make_row(enat, plans, batch=1)
-    grads, products = {}, {}
-    for remat in ("none", "dots", "block"):
-        graphdef, params = nnx.split(changed(enat, remat=remat))
-
-        def loss(params, graphdef=graphdef):
-            return jnp.mean(jnp.square(forward.__wrapped__(graphdef, params, plans, row)[1]))
-
-        traced = jax.jit(jax.grad(loss)).trace(params)
-        products[remat] = str(traced.jaxpr).count("dot_general")
-        if remat != "dots":
-            grads[remat] = traced.lower().compile()(params)
-    assert products["none"] < products["dots"] < products["block"]
-    for ours, expected in zip(*map(jax.tree.leaves, grads.values()), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.max(np.abs(expected)))
-
-
-def test_bfloat16_stays_within_its_rounding(enat, packed):
-    # One rounding is 2**-9 of a value at most; some 25 in a row through five blocks add up like a
-    # random walk, 25**0.5 * 2**-9 = 1% of the logits' size, and the weights double that here.
-    row, (_, logits) = packed
-    features, ours = forward(*nnx.split(changed(enat, dtype="bfloat16")), PLANS, row)
-    assert features.masked.dtype == jnp.bfloat16
-    assert ours.dtype == jnp.float32
-    error = np.sqrt(np.mean(np.square(ours - logits)) / np.mean(np.square(logits)))
-    assert 1e-4 < error < 0.03
-
-
-def test_every_product_in_bfloat16_takes_16_bits_and_sums_in_32(enat):
-    row = make_row(enat, PLANS[:1])
-    graphdef, params = nnx.split(changed(enat, dtype="bfloat16"))
-    text = forward.lower(graphdef, params, PLANS[:1], row).as_text()
-    types = re.findall(
-        r"dot_general.*: \(tensor<.*x(\w+)>, tensor<.*x(\w+)>\) -> tensor<.*x(\w+)>", text
-    )
-    assert len(types) > 10
-    assert set(types) == {("bf16", "bf16", "f32")}
-
-
 # Sizes.
-
-
-def parameters(cfg):
-    """How many numbers a network holds."""
-    _, abstract = nnx.split(nnx.eval_shape(lambda: ENAT(cfg, rngs=nnx.Rngs(0))))
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
 def unused_mlp(width):
@@ -355,7 +232,7 @@ def unused_mlp(width):
 def test_parameter_counts_are_the_published_ones(path):
     cfg = load_config(str(path)).model
     total, published_millions = PARAMETERS[path.stem]
-    assert parameters(cfg) + unused_mlp(cfg.width) == total
+    assert parameter_count(cfg) + unused_mlp(cfg.width) == total
     assert published_millions in (None, total // 10**6)
 
 
@@ -365,4 +242,4 @@ def test_every_published_size_has_a_config():
 
 def test_no_parameter_beside_the_references(enat, enat_weights):
     total = sum(w.size for w in enat_weights.values())
-    assert parameters(enat.cfg) + unused_mlp(enat.cfg.width) == total
+    assert parameter_count(enat.cfg) + unused_mlp(enat.cfg.width) == total

@@ -8,7 +8,7 @@ from flax import nnx
 from enat_jax.models.enat.network import ENATConfig
 from enat_jax.models.enat.weights import grid_of, never_read, rules, sizes_from_weights
 from enat_jax.models.import_table import ConvertError, apply_rules
-from enat_jax.sampling.program import abstract_params
+from enat_jax.models.networks import abstract_params
 from tests.support.golden import enat_from, golden_enat_config
 
 

@@ -1,0 +1,57 @@
+"""The paper's baseline NAT: all tokens in one stack, reading each other (ENAT, table 1)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from enat_jax.core.network import Features, RowPlan, Tokens
+from enat_jax.models.attention import Segments
+from enat_jax.models.enat.config import Blocked
+from enat_jax.models.enat.network import ENAT, Modulation
+from enat_jax.models.rows import Rows
+
+
+class SharedStackNAT(ENAT):
+    """ENAT's encoder on all tokens, masked ones included; nothing is carried between steps."""
+
+    def __call__(
+        self,
+        condition: Modulation,
+        tokens: Tokens,
+        row: RowPlan,
+        *,
+        recalled: Any = None,
+        key: jax.Array | None = None,
+    ) -> Features:
+        """Features of all tokens, from one stack."""
+        length, blocked = self.cfg.length, self.cfg.blocked
+        rows = Rows(length, row)
+        masks = jnp.full_like(tokens.masked_positions, self.cfg.mask_id)
+        positions = rows.together(tokens.positions, tokens.masked_positions)
+        x = self.embed(rows.together(tokens.ids, masks), positions, key)
+        plans = row.plans if row.counts is None else [row.counts]
+        valid = None
+        if blocked != "none":
+            valid = [readable(blocked, plan.new, length) for plan in plans]
+        segments = Segments([length] * len(plans), valid=valid)
+        x = self.run(self.encoder, x, condition.encoder, None, segments)
+        return Features(None, *rows.apart(x))
+
+
+def readable(blocked: Blocked, visible: Any, length: int) -> Bool[Array, "l l"]:
+    """Which tokens (columns) each token of an image (rows) may read.
+
+    A token always reads itself: without it, the masked tokens of the first step, when nothing is
+    visible, would have nothing to read under `masked_to_masked`.
+
+    Args:
+        blocked: the attention that is left out, some.
+        visible: how many tokens are visible; they come first.
+        length: tokens per image.
+    """
+    is_visible = jnp.arange(length) < visible
+    kinds = {"visible": is_visible, "masked": ~is_visible}
+    query, key = blocked.split("_to_")
+    return ~(kinds[query][:, None] & kinds[key]) | jnp.eye(length, dtype=bool)

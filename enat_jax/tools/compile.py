@@ -1,0 +1,270 @@
+"""Compiles every program of a run for devices that are not here, to see what each needs."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from enat_jax.config import Config
+from enat_jax.errors import UserError
+from enat_jax.files import written_whole
+from enat_jax.models.flops import generation_flops, training_flops
+from enat_jax.parallel.accelerators import accelerator_of
+from enat_jax.parallel.placement import Placement
+from enat_jax.sampling.program import GenerationProgram
+from enat_jax.training.programs import Run, images_per_round
+
+KINDS = ("init", "train", "sample")
+HEADER = "program fits |  GiB: args outputs    temp    peak | TFLOP by formula | compile s"
+
+_AT_ONCE = 3  # a compilation keeps less than two cores busy, and takes some GB
+# Triton's products have tile sizes that are found by trying them on the GPU: without one, cuBLAS
+_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program for devices that need not be there; `model_flops` are of one, by formula."""
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    model_flops: float
+    devices: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a program needs of one device.
+
+    Attributes:
+        name: the program's.
+        model_flops: matrix products by the model's formula.
+        fits: whether the device has room for it; None where its memory is not known.
+        memory: bytes of `arguments`, `outputs`, `aliased` (outputs that lie where arguments were),
+            `temporaries`, `code`, and of all at once, `peak`; None where it did not compile.
+        problem: what the compiler said where it does not fit.
+        compile_seconds: to compile it, when that was done.
+        kept: whether it was compiled at an earlier time.
+    """
+
+    name: str
+    model_flops: float
+    fits: bool | None
+    memory: dict[str, int] | None
+    problem: str
+    compile_seconds: float
+    kept: bool
+
+    def line(self) -> str:
+        """A line below `HEADER`."""
+        fits = {True: "yes", False: "NO", None: "?"}[self.fits]
+        needs = f" {self.problem}"
+        if self.memory is not None:
+            kinds = ("arguments", "outputs", "temporaries", "peak")
+            needs = "".join(f"{self.memory[kind] / 2**30:8.2f}" for kind in kinds).rjust(35)
+        return (
+            f"{self.name:8}{fits:4} |{needs} | {self.model_flops / 1e12:16.4f} |"
+            f"{self.compile_seconds:10.1f}{' (kept)' if self.kept else ''}"
+        )
+
+
+class Fit(NamedTuple):
+    """The largest batch that was seen to fit under a remat policy; 0 images where none did."""
+
+    remat: str
+    images_per_device: float
+    batch_size: int
+    compilations: int
+
+
+def unknown_sizes(config: Config) -> list[str]:
+    """Says which sizes of a network nobody knows without its records."""
+    return [f"model.{name} = 0 is read from records: give a number"
+            for name in ("num_classes", "codebook_size")
+            if getattr(config.model, name) == 0]  # fmt: skip
+
+
+def programs(
+    config: Config,
+    placement: Placement,
+    kinds: Sequence[str] = KINDS,
+    *,
+    only_first: bool = False,
+) -> Iterator[Program]:
+    """The programs of a run, of the kinds asked for.
+
+    Args:
+        config: the experiment.
+        placement: on devices that need not be there.
+        kinds: any of `init`, `train` (as many as `train.programs`) and `sample` (token ids).
+        only_first: only the first of the training programs, which differ in their plans alone.
+
+    Raises:
+        UserError: an unknown kind, a config that leaves numbers to the records, or a batch that
+            does not divide over the mesh.
+    """
+    problems = [f"no program is called {kind!r}, there are {', '.join(KINDS)}" for kind in kinds
+                if kind not in KINDS]  # fmt: skip
+    if problems := problems + unknown_sizes(config):
+        raise UserError("; ".join(problems))
+    devices = list(placement.mesh.devices.flat)
+    if "init" in kinds or "train" in kinds:
+        run = Run(config, placement)
+        if "init" in kinds:
+            yield Program("init", run.init.lower, 0.0, devices)
+        if "train" in kinds:
+            share = config.train.batch_size / len(devices)
+            for number, plans in enumerate(run.plans[:1] if only_first else run.plans):
+                flops = share * training_flops(config.model, plans)
+                lower = functools.partial(run.programs[number].lower, *run.arguments)
+                yield Program(f"train{number}", lower, flops, devices)
+    if "sample" in kinds:
+        generation = GenerationProgram(config, placement, None)
+        layout, _ = generation.plan()
+        share = generation.batch_size() / len(devices)
+        flops = share * generation_flops(config.model, layout.buckets, padded=False)
+        yield Program("sample", lambda: generation.lower(output="token_ids"), flops, devices)
+
+
+def compile_programs(wanted: Iterable[Program], folder: pathlib.Path) -> Iterator[Report]:
+    """Compiles programs, some side by side, as `compile_program` does; reports come in order."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(lambda program: compile_program(program, folder), wanted)
+
+
+def compile_program(program: Program, folder: pathlib.Path) -> Report:
+    """Compiles a program, or reads what the compiler said of it before.
+
+    JAX's own cache of compiled programs does not serve here: it writes those for described
+    devices, but cannot read them without the real ones. So figures alone are kept.
+
+    Args:
+        program: what to compile. That it does not fit is a result, not an error.
+        folder: where answers are kept, one small JSON file each.
+
+    Raises:
+        jax.errors.JaxRuntimeError: whatever the compiler complains about but memory.
+    """
+    lowered, device = program.lower(), program.devices[0]
+    path = folder / f"{_digest(lowered, program.devices)}.json"
+    if kept := path.exists():
+        answer = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        answer = _ask_compiler(lowered, device.platform)
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(path, partial=f"{path.stem}.{program.name}.{os.getpid()}") as part:
+            part.write_text(json.dumps(answer), encoding="utf-8")
+    accelerator, memory = accelerator_of(device.device_kind), answer["memory"]
+    fits = memory is not None and accelerator and memory["peak"] <= accelerator.memory
+    return Report(program.name, program.model_flops, fits, kept=kept, **answer)
+
+
+def _ask_compiler(lowered: jax.stages.Lowered, platform: str) -> dict[str, Any]:
+    start = time.perf_counter()
+    memory, problem = None, ""
+    try:
+        analysis: Any = lowered.compile(_OPTIONS.get(platform)).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        problem = " ".join(str(error).split())[:300]
+        if "RESOURCE_EXHAUSTED" not in problem:
+            raise
+    else:
+        memory = {
+            "arguments": analysis.argument_size_in_bytes,
+            "outputs": analysis.output_size_in_bytes,
+            "temporaries": analysis.temp_size_in_bytes,
+            "code": analysis.generated_code_size_in_bytes,
+            "aliased": analysis.alias_size_in_bytes,
+        }
+        memory["peak"] = sum(memory.values()) - 2 * memory["aliased"]
+    seconds = time.perf_counter() - start
+    return {"memory": memory, "problem": problem, "compile_seconds": seconds}
+
+
+def answers_folder() -> pathlib.Path:
+    """Where answers are kept between processes."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(folder) / "enat_jax" / "compiler_answers"
+
+
+def _digest(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> str:
+    """Of all that an answer depends on."""
+    compilers = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
+    compilers.append(devices[0].client.platform_version)
+    where = [(device.device_kind, repr(device)) for device in devices]
+    flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    digest = hashlib.sha256(json.dumps([compilers, where, flags]).encode())
+    digest.update(lowered.as_text().encode())
+    return digest.hexdigest()[:32]
+
+
+def suggest(
+    config: Config,
+    devices: Sequence[Any],
+    folder: pathlib.Path,
+    *,
+    most: int = 12,
+    log: Callable[[str], object] = print,
+) -> list[Fit]:
+    """Looks for the largest batch that fits, for each remat policy; the best policy first.
+
+    That is the one that computes least again of those whose batch is at least the config's; where
+    none is, the one with the largest batch. Compiled is the training program that does most.
+
+    Args:
+        config: the experiment; the search starts from its batch.
+        devices: as `topologies.describe` gives them, of a kind whose memory is known.
+        folder: where answers are kept, see `compile_program`.
+        most: compilations at most, a third for each policy.
+        log: called with a line per compilation, and the advice.
+    """
+    placement = Placement.of(config.mesh, devices)
+    unit = images_per_round(config, placement)
+    start, fits = max(config.train.batch_size // unit, 1), []
+    for remat in ("none", "dots", "block"):
+        asked: list[int] = []
+
+        def fit(rows: int, remat: str = remat, asked: list[int] = asked) -> bool:
+            asked.append(rows)
+            model = dataclasses.replace(config.model, remat=remat)
+            train = dataclasses.replace(config.train, batch_size=unit * rows)
+            cfg = dataclasses.replace(config, model=model, train=train)
+            program = max(programs(cfg, placement, ("train",)), key=lambda p: p.model_flops)
+            report = compile_program(program, folder)
+            log(f"remat {remat}, batch {unit * rows}: {report.line()}")
+            return bool(report.fits)
+
+        rows = largest_fitting(fit, start, most // 3)
+        fits.append(Fit(remat, unit * rows / len(devices), unit * rows, len(asked)))
+    fits.sort(key=lambda fit: -min(fit.batch_size, config.train.batch_size))
+    remat, batch = fits[0].remat, fits[0].batch_size
+    advice = f"--config.model.remat={remat} --config.train.batch_size={batch}"
+    made = f"after {sum(fit.compilations for fit in fits)} compilations"
+    log(f"suggested {made}: {advice}" if batch else f"nothing fits {made}: take more devices")
+    return fits
+
+
+def largest_fitting(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """The largest number seen to fit, by doubling or halving `start`, `most` times; 0 for none."""
+    best, number = 0, start
+    for _ in range(most):
+        if fits(number):
+            best = number
+            if number < start:
+                return best
+            number *= 2
+        elif best or number == 1:
+            return best
+        else:
+            number //= 2
+    return best
