@@ -20,6 +20,6 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         read_config(AblateConfig, args.config, overrides),
         args.out,
         workdir=args.workdir,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     return 0

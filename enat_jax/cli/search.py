@@ -26,6 +26,6 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         step=args.step,
         overrides=lambda fields: override_config(fields, cfg.generator),
     )
-    found = (alternate if cfg.training.rounds else search)(cfg, restored, args.out)
-    print(f"wrote {found.path}: {found.value:.6g}, the best of {found.evaluations} evaluations")
+    best = (alternate if cfg.training.rounds else search)(cfg, restored, args.out)
+    print(f"wrote {best.path}: {best.value:.6g}, the best of {best.evaluations} evaluations")
     return 0

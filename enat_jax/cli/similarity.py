@@ -29,6 +29,6 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         images=args.images,
         samples=args.samples,
         seed=args.seed,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     return 0

@@ -1,55 +1,36 @@
 """How alike each token's features are at adjacent generation steps (ENAT, figure 5)."""
 
+import dataclasses
+import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+from matplotlib.figure import Figure
 
+from enat_jax.config import TokenizerConfig
 from enat_jax.core.generate import Layout, TracedStrategy, generate, image_noise
 from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.errors import UserError
-from enat_jax.experiments.similarity_figure import draw
 from enat_jax.files import write_arrays, write_json
-from enat_jax.models.networks import abstract_params
-from enat_jax.parallel.hosts import several
-from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram
-from enat_jax.sampling.sampler import Restored
+from enat_jax.sampling.sampler import Restored, Sampler
 
-GROUPS = ("new", "previous", "masked", "all")
-"""Tokens that the earlier step revealed; those revealed before; those not yet; and all."""
+_GROUPS = {  # name: in the figure, and its colour
+    "new": ("newly revealed tokens", "#c8502a"),
+    "previous": ("tokens revealed before", "#1f5fa8"),
+    "masked": ("masked tokens", "#4c9150"),
+    "all": ("all tokens", "#555555"),
+}
 _EPSILON = 1e-12  # below any product of norms that means something
-
-
-class SimilarityError(UserError):
-    """Features that cannot be compared."""
-
-
-class Similarities(NamedTuple):
-    """How alike features are at steps t and t + 1, t from 0, tokens in raster order.
-
-    Attributes:
-        cosine: in [-1, 1], `[b t-1 n]`.
-        revealed_at: the step, from 0, that revealed each token, `[b n]`.
-    """
-
-    cosine: Float[np.ndarray, "b s n"]
-    revealed_at: Int[np.ndarray, "b n"]
-
-    def group(self, name: str) -> np.ndarray:
-        """Which tokens are of a group at each pair of steps, `[b t-1 n]`; see `GROUPS`."""
-        earlier = np.arange(self.cosine.shape[1])[:, None]
-        at = self.revealed_at[:, None]
-        groups = {"new": at == earlier, "previous": at < earlier, "masked": at > earlier}
-        return groups.get(name, np.ones(self.cosine.shape, bool))
 
 
 def similarity(
@@ -59,7 +40,7 @@ def similarity(
     images: int = 3,
     samples: int = 1000,
     seed: int = 0,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Compares adjacent steps of generations; image i is of class i modulo the number of classes.
 
@@ -74,7 +55,7 @@ def similarity(
         images: images whose maps are shown.
         samples: images that are averaged over.
         seed: of the noise.
-        say: called with lines for the user.
+        log: called with lines for the user.
 
     Returns:
         What `similarity.json` holds: per group, the mean and the sample deviation over images of
@@ -83,41 +64,40 @@ def similarity(
     Raises:
         UserError: a strategy of one step, or a network whose features cannot be had.
     """
-    if several():
-        raise SimilarityError("similarity runs on one host, with any number of devices")
+    if jax.process_count() > 1:
+        raise UserError("similarity runs on one host, with any number of devices")
     if not 1 <= images <= samples:
-        raise SimilarityError(f"images = {images}, must be between 1 and samples = {samples}")
+        raise UserError(f"images = {images}, must be between 1 and samples = {samples}")
     config = restored.config
-    placement = Placement.of(config.mesh)
-    program = GenerationProgram(config, placement, None)
-    layout, traced = program.plan()
+    no_tokenizer = TokenizerConfig(grid=config.tokenizer.grid)  # token ids are all that is made
+    sampler = Sampler(dataclasses.replace(config, tokenizer=no_tokenizer), restored.ema)
+    layout, _ = sampler.plan()
     if layout.steps < 2:
-        raise SimilarityError(f"strategy.steps = {layout.steps}, must be at least 2 to compare")
+        raise UserError(f"strategy.steps = {layout.steps}, must be at least 2 to compare")
     kind = getattr(config.model, "reuse", "last_layer")
     if kind != "last_layer" and layout.buckets[-1].plans[-1].previous:
-        raise SimilarityError(
+        raise UserError(
             f"model.reuse = {kind!r} carries more than the last layer's features of visible tokens:"
             " give --config.strategy.reuse=False"
         )
-    graphdef, _ = abstract_params(config.model)
-    compare = jax.jit(_compare, static_argnums=(0, 1), out_shardings=placement.batch)
-    inputs = placement.put((restored.ema, traced, jax.random.key(seed)))
-    classes = np.arange(samples, dtype=np.int32) % config.model.num_classes
-    size = program.batch_size(samples)
-    shown: list[Similarities] = []
-    means: list[dict[str, np.ndarray]] = []
-    for start in range(0, samples, size):
-        ids = np.arange(start, start + size, dtype=np.int32)
-        batch = placement.put((classes[np.minimum(ids, samples - 1)], ids), placement.batch)
-        made = compare(graphdef, layout, *inputs, *batch)
-        part = Similarities(*(np.asarray(x)[: samples - start] for x in made))
-        if start < images:
-            shown.append(Similarities(*(x[: images - start] for x in part)))
-        means.append({name: image_means(part.cosine, part.group(name)) for name in GROUPS})
-        say(f"{min(start + size, samples)} of {samples} images compared")
-    maps = Similarities(*(np.concatenate(parts) for parts in zip(*shown, strict=True)))
-    averages = {name: _average(np.concatenate([each[name] for each in means])) for name in GROUPS}
-    found = {
+    compare = jax.jit(
+        functools.partial(_compare, sampler.program),
+        static_argnames=("layout", "output"),
+        out_shardings=sampler.placement.batch,
+    )
+    classes = np.arange(samples) % config.model.num_classes
+    made: list[tuple[np.ndarray, ...]] = []
+    for count, batch in sampler.batches(classes, output="token_ids", seed=seed, run=compare):
+        made.append(tuple(np.asarray(x)[:count] for x in batch))
+        log(f"{sum(len(part) for part, _ in made)} of {samples} images compared")
+    cosine, revealed_at = (np.concatenate(parts) for parts in zip(*made, strict=True))
+    groups = token_groups(revealed_at, layout.steps)
+    averages = {}
+    for name, group in groups.items():
+        means = image_means(cosine, group)
+        deviation = np.std(means, axis=0, ddof=1) if samples > 1 else np.zeros(means.shape[1])
+        averages[name] = {"mean": np.mean(means, axis=0), "deviation": deviation}
+    result = {
         "samples": samples,
         "seed": seed,
         "checkpoint": restored.step,
@@ -129,12 +109,14 @@ def similarity(
     }  # fmt: skip
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "similarity.json", found)
+    write_json(folder / "similarity.json", result)
     arrays = {f"{k}_{name}": v for name, both in averages.items() for k, v in both.items()}
-    write_arrays(folder / "similarity.npz", {**maps._asdict(), **arrays})
-    draw(folder / "similarity.png", maps.cosine, maps.group("new"), averages, config.tokenizer.grid)
-    say(f"wrote similarity.png, similarity.json and similarity.npz to {folder}")
-    return found
+    maps = {"cosine": cosine[:images], "revealed_at": revealed_at[:images]}
+    write_arrays(folder / "similarity.npz", {**maps, **arrays})
+    shown = maps["cosine"], groups["new"][:images]
+    draw(folder / "similarity.png", *shown, averages, config.tokenizer.grid)
+    log(f"wrote similarity.png, similarity.json and similarity.npz to {folder}")
+    return result
 
 
 def step_features(
@@ -177,6 +159,22 @@ def step_features(
     return found
 
 
+def token_groups(
+    revealed_at: Int[np.ndarray, "b n"], steps: int
+) -> dict[str, Bool[np.ndarray, "b s n"]]:
+    """Which tokens are of a group at each pair of steps t and t + 1.
+
+    Args:
+        revealed_at: the step, from 0, that revealed each token.
+        steps: of the generation.
+
+    Returns:
+        By name: `new`, revealed by step t; `previous`, before it; `masked`, after it; and `all`.
+    """
+    at, step = revealed_at[:, None], np.arange(steps - 1)[:, None]
+    return {"new": at == step, "previous": at < step, "masked": at > step, "all": at >= 0 * step}
+
+
 def cosine_similarity(
     one: Float[Array, "b n d"], other: Float[Array, "b n d"]
 ) -> Float[Array, "b n"]:
@@ -192,29 +190,81 @@ def image_means(values: Float[np.ndarray, "b s n"], chosen: np.ndarray) -> Float
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _average(means: Float[np.ndarray, "b s"]) -> dict[str, Float[np.ndarray, " s"]]:
-    """Mean and sample deviation over images; 0 for a single image."""
-    deviation = np.std(means, axis=0, ddof=1) if len(means) > 1 else np.zeros(means.shape[1])
-    return {"mean": np.mean(means, axis=0), "deviation": deviation}
+def draw(
+    path: str | os.PathLike[str],
+    cosine: Float[np.ndarray, "b s n"],
+    new: Bool[np.ndarray, "b s n"],
+    averages: Mapping[str, Mapping[str, Float[np.ndarray, " s"]]],
+    grid: tuple[int, int],
+) -> None:
+    """Draws per image a row of newly revealed tokens over a row of similarities, then averages.
+
+    Args:
+        path: of the PNG.
+        cosine: similarity of each token's features at steps t and t + 1.
+        new: the tokens that step t revealed.
+        averages: `mean` and `deviation` by group of tokens.
+        grid: rows and columns of tokens.
+    """
+    images, pairs = cosine.shape[:2]
+    height = 1.35 * 2 * images
+    figure = Figure(figsize=(max(1.35 * pairs + 1.6, 8.0), height + 4.2), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(height + 0.6, 3.6))
+    maps, below = parts
+    panels: Any = maps.subplots(2 * images, pairs, squeeze=False)
+    lowest = min(float(np.floor(10 * cosine.min()) / 10), 0.9)
+    for image, pair in np.ndindex(images, pairs):
+        above, under = panels[2 * image : 2 * image + 2, pair]
+        above.imshow(new[image, pair].reshape(grid), cmap="Greys", vmin=0, vmax=1.4)
+        shown = under.imshow(cosine[image, pair].reshape(grid), vmin=lowest, vmax=1)
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+    for pair in range(pairs):
+        panels[0, pair].set_title(f"steps {pair + 1}-{pair + 2}", fontsize=9)
+    for row, axes in enumerate(panels[:, 0]):
+        axes.set_ylabel("similarity" if row % 2 else "revealed", fontsize=8)
+    maps.colorbar(shown, ax=panels, shrink=0.6, label="cosine similarity")
+
+    axes: Any = below.subplots()
+    steps = np.arange(1, pairs + 1)
+    for place, (name, average) in enumerate(averages.items()):
+        label, colour = _GROUPS[name]
+        axes.errorbar(
+            steps + 0.04 * (place - 1.5), average["mean"], yerr=average["deviation"], fmt="o-",
+            markersize=4, capsize=2, linewidth=1.2, color=colour, label=label,
+        )  # fmt: skip
+    axes.set_xticks(steps, [f"{step}-{step + 1}" for step in steps])
+    axes.set(xlabel="adjacent steps", ylabel="cosine similarity, mean")
+    axes.grid(color="#e4e4e4", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110)
 
 
 def _compare(
-    graphdef: Any,
-    layout: Layout,
+    program: GenerationProgram,
     params: nnx.State,
-    traced: TracedStrategy,
-    key: jax.Array,
+    decoder: Any,
     class_ids: Int[Array, " b"],
     image_ids: Int[Array, " b"],
+    traced: TracedStrategy,
+    key: jax.Array,
+    *,
+    layout: Layout,
+    output: str,
 ) -> tuple[Float[Array, "b s n"], Int[Array, "b n"]]:
-    """Generates images, runs their steps again, and compares features; as `Similarities`."""
-    network = nnx.merge(graphdef, params)
-    cfg = network.cfg
+    """Generates images, runs their steps again, and compares features.
+
+    Returns:
+        The cosine at each pair of adjacent steps, and the step, from 0, that revealed each token;
+        tokens in raster order.
+    """
+    network = program.network(params)
+    cfg, noise = network.cfg, image_noise(key, image_ids, network.cfg.codebook_size)
     token_ids, records = generate(
         network,
         class_ids,
         traced,
-        image_noise(key, image_ids, cfg.codebook_size),
+        noise,
         layout=layout,
         record=True,
     )
@@ -222,8 +272,6 @@ def _compare(
     plans = [plan for bucket in layout.buckets for plan in bucket.plans]
     features = step_features(network, class_ids, token_ids, order, plans)
     cosine = [cosine_similarity(a, b) for a, b in itertools.pairwise(features)]
-    left = [plan.masked for plan in plans[1:]] + [0]
-    revealed = [plan.masked - after for plan, after in zip(plans, left, strict=True)]
-    in_order = jnp.asarray(np.repeat(np.arange(len(plans)), revealed))
-    revealed_at = in_order[jnp.argsort(order, axis=1)]
+    visible = jnp.array([cfg.length - plan.masked for plan in plans])  # before each step
+    revealed_at = jnp.searchsorted(visible, jnp.argsort(order, axis=1), side="right") - 1
     return jnp.stack(cosine, axis=1), revealed_at

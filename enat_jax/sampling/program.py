@@ -83,6 +83,10 @@ class GenerationProgram:
 
         return self._prepared(jax.tree.map(placed, params, self.stored))
 
+    def network(self, params: nnx.State) -> Any:
+        """The network of parameters as `prepare` returns them; called within a program."""
+        return nnx.merge(self._graphdef, self.placement.weights(params))
+
     def strategy(self, **changes: Any) -> GenerationStrategy:
         """The config's strategy, step by step, with some fields changed.
 
@@ -194,7 +198,7 @@ class GenerationProgram:
         layout: Layout,
         output: Output,
     ) -> Array:
-        model = nnx.merge(self._graphdef, self.placement.weights(params))
+        model = self.network(params)
         noise = image_noise(key, image_ids, model.cfg.codebook_size)
         token_ids, _ = generate(model, condition, strategy, noise, layout=layout)
         return token_ids if output == "token_ids" else self._images(decoder, token_ids, output)

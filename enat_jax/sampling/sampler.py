@@ -96,6 +96,7 @@ class Sampler:
         first: int = 0,
         plan: tuple[Layout, TracedStrategy] | None = None,
         run: Callable[..., Any] | None = None,
+        batch_size: int | None = None,
         **strategy: Any,
     ) -> Iterator[tuple[int, Any]]:
         """Generates on the devices, batch by batch; image i depends on seed, i and its class alone.
@@ -108,6 +109,7 @@ class Sampler:
             first: index of the first image to make; those before it were made already.
             plan: what is compiled and traced, from `plan`; by default as `strategy` says.
             run: makes a batch in place of `program.run`, of the same arguments.
+            batch_size: images in a call; by default as `program.batch_size` says of so many.
             strategy: fields of the config's strategy to change, such as `steps`.
 
         Yields:
@@ -121,7 +123,7 @@ class Sampler:
         decoder, placement = self.program.decoder(output), self.placement
         classes = self._checked(class_ids)
         layout, traced = plan or self.plan(**strategy)
-        size = self.program.batch_size(len(classes))
+        size = batch_size or self.program.batch_size(len(classes))
         traced, key = placement.put((traced, jax.random.key(seed)))
         run = run or self.program.run
         for start in range(first, len(classes), size):

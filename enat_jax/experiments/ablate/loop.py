@@ -1,33 +1,32 @@
-"""An ablation from its config to its table, plots and sheet."""
+"""An ablation from its config to its table, plot and sheet."""
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int, UInt8
 
+from enat_jax.core.generate import Layout
 from enat_jax.errors import UserError
-from enat_jax.evaluation.objective import Objective, is_finite, make_objective
+from enat_jax.evaluation.objective import Wants
 from enat_jax.experiments.ablate.config import SECTIONS, AblateConfig
-from enat_jax.experiments.ablate.measure import Generators, Speed
-from enat_jax.experiments.ablate.plot import Series, draw_pareto
-from enat_jax.experiments.ablate.points import (
-    AblateError,
-    Point,
-    by_program,
-    check_points,
-    identity,
-    settings,
-)
+from enat_jax.experiments.ablate.plot import draw_pareto
+from enat_jax.experiments.ablate.points import Point, make_points
 from enat_jax.experiments.ablate.sheet import keep_tiles, write_sheet
-from enat_jax.experiments.ablate.table import Row, Table
-from enat_jax.parallel.hosts import several
-from enat_jax.parallel.placement import Placement
+from enat_jax.experiments.table import Row, Table, write_csv
+from enat_jax.parallel.compilation import compile_seconds
+from enat_jax.sampling.sampler import Sampler, restore, sampler_of
+
+_COSTS = ("gigaflop_per_image", "gigamac_per_image", "padding")
+_SPEED = ("images_per_second", "compile_seconds")
 
 
 def ablate(
@@ -35,7 +34,7 @@ def ablate(
     out: str | os.PathLike[str],
     *,
     workdir: str | None = None,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> Table:
     """Measures all points of an ablation, or those that an earlier call left.
 
@@ -48,124 +47,189 @@ def ablate(
         cfg: what is compared.
         out: a folder, new or of the same ablation.
         workdir: the run of points that name none.
-        say: called with lines for the user.
+        log: called with lines for the user.
 
     Returns:
-        The whole table.
+        All of `results.csv`.
 
     Raises:
         UserError: points that cannot be, all of them at once; a folder of another ablation; or
             several hosts.
     """
-    if several():
-        raise AblateError("ablate runs on one host, with any number of devices")
-    points = check_points(settings(cfg, workdir), warn=say)
-    objectives = _objectives(cfg, points)
+    if jax.process_count() > 1:
+        raise UserError(f"ablate runs on one host, not on {jax.process_count()}")
+    points = make_points(cfg, workdir, log=log)
+    folder, scores = pathlib.Path(out), points[0].objective.names
+    columns = {
+        **{"point": str, "seed": int},
+        **dict.fromkeys((*scores, *_COSTS, *_SPEED), float),
+        **dict.fromkeys(_settings(points[0], cfg), str),
+    }
     about = {
         **dataclasses.asdict(cfg),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "run": {point.name: identity(point) for point in points},
+        "run": {point.name: point.identity() for point in points},
     }
     order = [(point.name, seed) for point in points for seed in cfg.seeds]
-    scores = objectives[_judged(points[0])].names
-    folder = pathlib.Path(out)
-    table = Table(folder, about, order, scores)
-    missing = table.missing()
-    planned = f"{len(points)} points, {len({(p.generator, p.layout) for p in points})} programs"
-    say(f"{planned}, {len(missing)} of {len(order)} rows to measure")
-    _measure(cfg, points, objectives, table, say)
-    drawn = [
-        Series(row["point"], row["gigaflop_per_image"], 1 / row["images_per_second"],
-               row[scores[0]], row[f"{scores[0]}_deviation"] or 0.0)
-        for row in table.summary()
-        if math.isfinite(row[scores[0]])
-    ]  # fmt: skip
+    table = Table(folder / "results.csv", columns, keys=2, about=about, order=order)
+    programs = {(point.generator, point.layout) for point in points}
+    log(
+        f"{len(points)} points, {len(programs)} programs, {len(table.missing())} of {len(order)}"
+        " rows to measure"
+    )
+    _measure(cfg, points, table, log)
+    wrote = ["results.csv", "summary.csv"]
+    drawn = [row for row in summary(table, scores) if math.isfinite(row[scores[0]])]
     if drawn:
         draw_pareto(folder / "pareto.png", drawn, scores[0])
-    wrote = ["results.csv", "summary.csv", *["pareto.png"] * bool(drawn)]
+        wrote.append("pareto.png")
     if write_sheet(folder, [point.name for point in points]):
         wrote.append("sheet.png")
-    say(f"wrote {', '.join(wrote)} to {folder}")
+    log(f"wrote {', '.join(wrote)} to {folder}")
     return table
 
 
-def _objectives(cfg: AblateConfig, points: list[Point]) -> dict[Any, Objective]:
-    """What judges the points; it may depend on the network's sizes."""
-    found, problems = {}, []
-    for point in points:
-        if _judged(point) in found:
-            continue
-        try:
-            found[_judged(point)] = make_objective(
-                cfg.objective, point.config, Placement.of(point.config.mesh)
-            )
-        except UserError as error:
-            problems.append(f"{point.workdir}: {error}")
-    if problems:
-        raise AblateError("; ".join(dict.fromkeys(problems)))
-    return found
-
-
-def _judged(point: Point) -> Any:
-    return point.config.model, point.config.tokenizer, point.config.mesh
+def summary(table: Table, scores: Sequence[str]) -> list[Row]:
+    """One row per point: the scores' means, and their sample deviations where seeds differ."""
+    means = []
+    for point, rows in itertools.groupby(table.rows.values(), key=lambda row: row["point"]):
+        rows = list(rows)
+        mean = {"point": point, "seeds": len(rows), **rows[0]}
+        del mean["seed"]
+        for name in scores:
+            values = [row[name] for row in rows]
+            finite = all(map(math.isfinite, values))
+            deviation = "" if len(rows) == 1 else statistics.stdev(values) if finite else math.nan
+            mean |= {name: statistics.fmean(values), f"{name}_deviation": deviation}
+        means.append(mean)
+    return means
 
 
 def _measure(
-    cfg: AblateConfig,
-    points: list[Point],
-    objectives: dict[Any, Objective],
-    table: Table,
-    say: Callable[[str], object],
+    cfg: AblateConfig, points: Sequence[Point], table: Table, log: Callable[[str], object]
 ) -> None:
-    """Makes the rows that are missing, those that share a program together."""
-    missing = set(table.missing())
-    number = {point.name: index for index, point in enumerate(points)}
+    """Makes the rows that are missing, those that share a sampler or a run together."""
+    missing = table.missing()
+    unfinished = {name for name, _ in missing}
+    shared: dict[Any, dict[str, list[Point]]] = {}
+    for point in points:
+        if point.name in unfinished:
+            runs = shared.setdefault(point.generator, {})
+            runs.setdefault(point.workdir, []).append(point)
+    numbers = {point.name: number for number, point in enumerate(points)}
     cost = {point.name: point.flops * (1 + point.padding) for point in points}
-    generators = Generators(warn=say)
-    start, spent, count = time.perf_counter(), 0.0, 0
-    for point in by_program(points):
-        objective = objectives[_judged(point)]
-        for seed in [seed for seed in cfg.seeds if (point.name, seed) in missing]:
-            classes = np.arange(cfg.num_images) % point.config.model.num_classes
-            earlier = table.of(point.name)
-            speed = (
-                Speed(earlier[0]["images_per_second"], earlier[0]["compile_seconds"])
-                if earlier
-                else generators.speed(point, classes, cfg.timed_batches)
-            )
-            keep = cfg.sheet if seed == cfg.seeds[0] else 0
-            scores, images = generators.judge(point, objective, classes, seed=seed, keep=keep)
-            if images is not None:
-                keep_tiles(table.folder, number[point.name], images)
-            table.add(_row(point, seed, cfg.num_images, scores, speed))
-            count += 1
-            spent += cost[point.name]
-            left = sum(cost[name] for name, _ in table.missing())
-            minutes = (time.perf_counter() - start) * left / spent / 60
-            told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            odd = "" if is_finite(scores) else ", which is no score: it is left out of the plot"
-            say(
-                f"{count} of {len(missing)}: {point.name}, seed {seed}: {told}{odd},"
-                f" {speed.images_per_second:.4g} images/s, {minutes:.1f} min left"
-            )
+    start, spent = time.perf_counter(), 0.0
+    for runs in shared.values():
+        sampler, compiled = None, {}  # gives its memory back before the next is made
+        for of_run in runs.values():
+            sampler = _with_weights(of_run[0], sampler, log)
+            for point, seed in itertools.product(of_run, cfg.seeds):
+                if (point.name, seed) not in missing:
+                    continue
+                earlier = [row for row in table.rows.values() if row["point"] == point.name]
+                speed = earlier[0] if earlier else _speed(sampler, point, cfg, compiled)
+                scores, images = _scores(sampler, point, cfg, seed)
+                if images is not None:
+                    keep_tiles(table.path.parent, numbers[point.name], images)
+                table.add(_row(point, seed, cfg, scores, speed))
+                means = summary(table, list(scores))
+                write_csv(table.path.with_name("summary.csv"), means[0], means)
+                spent += cost[point.name]
+                left = [cost[name] for name, _ in table.missing()]
+                minutes = (time.perf_counter() - start) / 60 * sum(left) / spent
+                text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                if not math.isfinite(next(iter(scores.values()))):
+                    text += ", which is no score: it is left out of the plot"
+                log(
+                    f"{len(missing) - len(left)} of {len(missing)}: {point.name}, seed {seed}:"
+                    f" {text}, {speed[_SPEED[0]]:.4g} images/s, {minutes:.1f} min left"
+                )
 
 
-def _row(point: Point, seed: int, num_images: int, scores: dict[str, float], speed: Speed) -> Row:
-    gigaflop = point.flops / 1e9
+def _with_weights(point: Point, sampler: Sampler | None, log: Callable[[str], object]) -> Sampler:
+    """A point's sampler: the one given, if any, which then takes the weights of the point's run."""
+    restored = restore(point.workdir, warn=log)
+    if restored.step != point.checkpoint:
+        raise UserError(
+            f"{point.workdir} has a checkpoint of step {restored.step} now, it had one of step"
+            f" {point.checkpoint}"
+        )
+    if sampler is None:
+        return sampler_of(restored._replace(config=point.config))
+    sampler.update(restored.ema)
+    return sampler
+
+
+def _speed(
+    sampler: Sampler, point: Point, cfg: AblateConfig, compiled: dict[Layout, float]
+) -> dict[str, float]:
+    """How fast a point generates token ids; turning them into images is the same for all.
+
+    Args:
+        sampler: the point's.
+        point: compiled here where no point before it had its layout.
+        cfg: how many batches are timed after one that is not, and of how many images.
+        compiled: seconds that compiling took, by layout.
+    """
+    size, times = sampler.program.batch_size(cfg.num_images), []
+    classes = np.resize(_class_ids(point, cfg), size * (1 + cfg.timed_batches))
+    batches = sampler.batches(
+        classes, output="token_ids", batch_size=size, **dataclasses.asdict(point.config.strategy)
+    )
+    before = compile_seconds()
+    for _ in range(1 + cfg.timed_batches):
+        start = time.perf_counter()
+        jax.block_until_ready(next(batches))
+        times.append(time.perf_counter() - start)
+    seconds = compiled.setdefault(point.layout, compile_seconds() - before)
+    return dict(zip(_SPEED, (size / statistics.median(times[1:]), seconds), strict=True))
+
+
+def _scores(
+    sampler: Sampler, point: Point, cfg: AblateConfig, seed: int
+) -> tuple[dict[str, float], UInt8[np.ndarray, "k y x 3"] | None]:
+    """The scores of a point's images with one seed, and those for the sheet, if any."""
+    program, objective = sampler.program, point.objective
+
+    def decoded(token_ids: Array, output: Wants) -> Array:
+        if output == "token_ids":
+            return token_ids
+        return program.decode(program.decoder(output), token_ids, output=output)
+
+    shown = cfg.sheet if seed == cfg.seeds[0] and sampler.tokenizer is not None else 0
+    scorer, classes, images, done = objective.start(), _class_ids(point, cfg), [], 0
+    strategy = dataclasses.asdict(point.config.strategy)
+    for count, token_ids in sampler.batches(classes, output="token_ids", seed=seed, **strategy):
+        scorer.add(decoded(token_ids, objective.wants), classes[done : done + count])
+        if done < shown:
+            images.append(np.asarray(decoded(token_ids, "uint8"))[: min(count, shown - done)])
+        done += count
+    return scorer.value(), np.concatenate(images) if images else None
+
+
+def _class_ids(point: Point, cfg: AblateConfig) -> Int[np.ndarray, " b"]:
+    return np.arange(cfg.num_images) % point.config.model.num_classes
+
+
+def _row(point: Point, seed: int, cfg: AblateConfig, scores: Row, speed: Row) -> Row:
+    costs = (point.flops / 1e9, point.flops / 2e9, point.padding)  # 2 FLOPs per multiply-add
     return {
-        "point": point.name,
-        "seed": seed,
-        **scores,
-        "gigaflop_per_image": gigaflop,  # two per multiply-add
-        "gigamac_per_image": gigaflop / 2,  # the paper's unit
-        "padding": point.padding,
-        **speed._asdict(),
+        **{"point": point.name, "seed": seed, **scores},
+        **dict(zip(_COSTS, costs, strict=True)),
+        **{name: speed[name] for name in _SPEED},
+        **_settings(point, cfg),
+    }
+
+
+def _settings(point: Point, cfg: AblateConfig) -> dict[str, Any]:
+    config = point.config
+    return {
         "workdir": point.workdir,
-        "checkpoint": point.model.step,
-        "network": point.config.model.name,
-        **{name: getattr(point.config.model, name, "") for name in SECTIONS["model"]},
-        "num_images": num_images,
-        **dataclasses.asdict(point.config.sample),
-        **point.strategy,
+        "checkpoint": point.checkpoint,
+        "network": config.model.name,
+        **{name: getattr(config.model, name, "") for name in SECTIONS["model"]},
+        "num_images": cfg.num_images,
+        **dataclasses.asdict(config.sample),
+        **dataclasses.asdict(config.strategy),
         "steps": point.layout.steps,  # a strategy file has its own
     }

@@ -4,10 +4,9 @@ import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-import jax
 import numpy as np
 
 from enat_jax.checkpoints.digests import weights_digest
@@ -16,46 +15,12 @@ from enat_jax.core.generate import Layout
 from enat_jax.core.plans import padding
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
+from enat_jax.evaluation.objective import Objective, make_objective
 from enat_jax.experiments.ablate.config import SECTIONS, AblateConfig
 from enat_jax.models.flops import generation_flops, step_flops
-from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import restore
-
-
-class AblateError(UserError):
-    """An ablation that cannot be made or gone on with."""
-
-
-class Setting(NamedTuple):
-    """A point as the ablation's config says it.
-
-    Attributes:
-        name: what is different about it.
-        workdir: its run.
-        changes: to the run's config, field by field in each section.
-    """
-
-    name: str
-    workdir: str
-    changes: dict[str, dict[str, Any]]
-
-
-class Model(NamedTuple):
-    """What a run's newest checkpoint holds.
-
-    Attributes:
-        config: the run's.
-        step: of the checkpoint.
-        digest: of the moving average's values.
-        tokenizer_digest: of the tokenizer whose tokens the model was trained on.
-    """
-
-    config: Config
-    step: int
-    digest: str
-    tokenizer_digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,30 +30,30 @@ class Point:
     Attributes:
         name: what is different about it.
         workdir: its run.
-        model: what the run's checkpoint holds.
-        config: the run's config with the point's changes.
+        config: the run's with the point's changes.
         layout: the static shapes that it is compiled for.
         by_step: its strategy, step by step.
+        checkpoint: step of the run's newest.
+        digest: of the weights there.
+        tokenizer_digest: of the tokenizer whose tokens the model was trained on.
+        objective: what images are scored by.
     """
 
     name: str
     workdir: str
-    model: Model
     config: Config
     layout: Layout
     by_step: GenerationStrategy
+    checkpoint: int
+    digest: str
+    tokenizer_digest: str
+    objective: Objective
 
     @property
-    def strategy(self) -> dict[str, Any]:
-        """All fields of its strategy."""
-        return dataclasses.asdict(self.config.strategy)
-
-    @property
-    def generator(self) -> Any:
+    def generator(self) -> tuple[Any, ...]:
         """What a sampler is made for: points that have it in common share one."""
-        config = self.config
-        return (config.model, config.tokenizer, config.sample, config.mesh,
-                self.model.tokenizer_digest)  # fmt: skip
+        cfg = self.config
+        return cfg.model, cfg.tokenizer, cfg.sample, cfg.mesh, self.tokenizer_digest
 
     @property
     def flops(self) -> float:
@@ -100,151 +65,103 @@ class Point:
         """What padding adds to the FLOPs, as a fraction."""
         return padding(self.layout.buckets, lambda plan: step_flops(self.config.model, plan))
 
+    def identity(self) -> dict[str, Any]:
+        """What determines its images, beside the seed: as JSON holds it."""
+        by_step = dataclasses.asdict(self.by_step)
+        return {
+            **{name: getattr(self, name) for name in ("workdir", "checkpoint", "digest")},
+            **{section: dataclasses.asdict(getattr(self.config, section)) for section in SECTIONS},
+            # what a strategy file said, not only its name
+            "by_step": {name: np.asarray(values).tolist() for name, values in by_step.items()},
+        }
 
-def settings(cfg: AblateConfig, workdir: str | None) -> list[Setting]:
-    """The points of a config, those of the grid first.
+
+def make_points(
+    cfg: AblateConfig, workdir: str | None, *, log: Callable[[str], object] = print
+) -> list[Point]:
+    """Reads the runs and plans every point, those of the grid first; nothing is compiled.
 
     Args:
         cfg: the ablation.
         workdir: the run of points that name none.
+        log: called with lines for the user: runs whose training is not done.
 
     Raises:
-        AblateError: a point without a run, or two of one name.
+        UserError: all runs that cannot be read and all points that cannot be, at once.
     """
-    axes, fixed = [], {}
-    for section, values in cfg.grid.items():
-        fields = values.items() if section in SECTIONS else [(None, values)]
-        for name, value in fields:
-            if isinstance(value, list | tuple):
-                axes.append([((section, name), each) for each in value])
-            else:
-                fixed[section, name] = value
-    found = []
-    for values in itertools.product(*axes) if cfg.grid else ():
-        varied = [(where, value) for axis, (where, value) in zip(axes, values, strict=True)
-                  if len(axis) > 1]  # fmt: skip
-        name = ", ".join(_named(where, value) for where, value in varied) or "the grid's point"
-        found.append(_setting(name, {**fixed, **dict(values)}, workdir))
-    for name, point in cfg.points.items():
-        changes = {
-            (section, field): value
-            for section, values in point.items()
-            for field, value in (values.items() if section in SECTIONS else [(None, values)])
-        }
-        found.append(_setting(str(name), changes, workdir))
-    problems = [f"point {each.name!r} has no run: give --workdir, or workdir in the config"
-                for each in found if not each.workdir]  # fmt: skip
-    names = [each.name for each in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    problems += [f"{names.count(name)} points are named {name!r}" for name in twice]
-    if problems:
-        raise AblateError("; ".join(dict.fromkeys(problems)))
-    return found
-
-
-def check_points(found: Iterable[Setting], *, warn: Callable[[str], object] = print) -> list[Point]:
-    """Reads the runs and plans every point, before anything is compiled.
-
-    Raises:
-        AblateError: all runs that cannot be read and all points that cannot be, at once.
-    """
-    found = list(found)
-    problems: list[str] = []
-    models: dict[str, Model] = {}
-    for workdir in dict.fromkeys(each.workdir for each in found):
+    changes = [*_grid_points(cfg.grid), *((str(k), point) for k, point in cfg.points.items())]
+    names = [name for name, _ in changes]
+    problems = [f"{names.count(name)} points are named {name!r}"
+                for name in names if names.count(name) > 1]  # fmt: skip
+    paths = [point.get("workdir") or workdir or "" for _, point in changes]
+    problems += [f"point {name!r} has no run: give --workdir, or workdir in the config"
+                 for name, path in zip(names, paths, strict=True) if not path]  # fmt: skip
+    runs: dict[str, tuple[Config, dict[str, Any]]] = {}
+    objectives: dict[Any, Objective] = {}
+    for path in filter(None, dict.fromkeys(paths)):
         try:
-            models[workdir] = read_model(workdir, warn=warn)
+            runs[path] = _read_run(path, cfg, objectives, log)
         except UserError as error:
-            problems.append(str(error))
-    points, seen = [], {}
+            problems.append(f"{path}: {error}")
+    points: list[Point] = []
     programs: dict[Any, GenerationProgram] = {}
-    for name, workdir, changes in found:
-        if workdir not in models:
+    for (name, point), path in zip(changes, paths, strict=True):
+        if path not in runs:
             continue
-        model = models[workdir]
-        fields = dataclasses.asdict(model.config)
-        for section, values in changes.items():
-            fields[section] = {**fields[section], **values}
+        trained, facts = runs[path]
+        fields = dataclasses.asdict(trained)
+        for section in SECTIONS:
+            fields[section] |= point.get(section, {})
         try:
             config = config_from_dict(fields)
             same = config.model, config.sample, config.mesh
             if same not in programs:
                 programs[same] = GenerationProgram(config, Placement.of(config.mesh), None)
-            strategy = dataclasses.asdict(config.strategy)
-            layout, _ = programs[same].plan(**strategy)
-            by_step = programs[same].strategy(**strategy)
+            by_step = programs[same].strategy(**dataclasses.asdict(config.strategy))
+            layout, _ = programs[same].plan(by_step, reuse=config.strategy.reuse)
         except UserError as error:
             problems += str(error).removeprefix("config: ").split("; ")
             continue
-        twin = seen.setdefault((workdir, config), name)
-        if twin != name:
-            problems.append(f"points {twin!r} and {name!r} are the same")
-        points.append(Point(name, workdir, model, config, layout, by_step))
+        problems += [f"points {twin.name!r} and {name!r} are the same" for twin in points
+                     if (twin.workdir, twin.config) == (path, config)]  # fmt: skip
+        points.append(Point(name, path, config, layout, by_step, **facts))
     if problems:
-        raise AblateError("; ".join(dict.fromkeys(problems)))
+        raise UserError("; ".join(dict.fromkeys(problems)))
     return points
 
 
-def read_model(workdir: str, *, warn: Callable[[str], object] = print) -> Model:
-    """What the newest checkpoint of a run holds; its weights are read, but not kept.
-
-    A run whose training is not done is told.
-
-    Raises:
-        CheckpointError: no readable checkpoint there, or one of another kind.
-    """
-    restored = restore(workdir, warn=warn)
-    planned = restored.config.train.steps
-    if 0 < restored.step < planned:  # imported weights are of step 0
-        warn(f"{workdir}: its training stands at step {restored.step} of {planned}")
-    digest = weights_digest(jax.tree.map(all_gather, restored.ema))
-    return Model(restored.config, restored.step, digest, restored.tokenizer_digest)
-
-
-def by_program(points: Iterable[Point]) -> list[Point]:
-    """The points in an order in which those that share a sampler, a run or a program are together.
-
-    Groups stand in the order in which their first points do.
-    """
-    ordered = list(points)
-    for key in (lambda p: p.layout, lambda p: p.workdir, lambda p: p.generator):
-        place: dict[Any, int] = {}
-        for point in ordered:
-            place.setdefault(key(point), len(place))
-        ordered.sort(key=lambda point, k=key, at=place: at[k(point)])
-    return ordered
+def _grid_points(grid: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All combinations of a grid's values, by names that say what varies."""
+    sections = {section: part if section in SECTIONS else {"": part}  # a section, or workdir
+                for section, part in grid.items()}  # fmt: skip
+    axes = {(section, name): values if isinstance(values, list | tuple) else (values,)
+            for section, part in sections.items() for name, values in part.items()}  # fmt: skip
+    for values in itertools.product(*axes.values()) if grid else ():
+        point, varied = {}, []
+        for (section, name), value in zip(axes, values, strict=True):
+            if not name:
+                point[section], shown = value, os.path.normpath(value)
+            else:
+                point.setdefault(section, {})[name] = value
+                shown = pathlib.Path(str(value)).stem if name == "file" else f"{name}={value}"
+            varied += [shown] if len(axes[section, name]) > 1 else []
+        yield ", ".join(varied) or "the grid's point", point
 
 
-def identity(point: Point) -> dict[str, Any]:
-    """What determines a point's images, beside the seed: as JSON holds it."""
-    return {
-        "workdir": point.workdir,
-        "checkpoint": point.model.step,
-        "digest": point.model.digest,
-        **{section: dataclasses.asdict(getattr(point.config, section)) for section in SECTIONS},
-        "by_step": {  # what a strategy file said, not only its name
-            name: np.asarray(values).tolist()
-            for name, values in dataclasses.asdict(point.by_step).items()
-        },
+def _read_run(
+    workdir: str, cfg: AblateConfig, objectives: dict[Any, Objective], log: Callable[[str], object]
+) -> tuple[Config, dict[str, Any]]:
+    """The config of a run, and what else its points are made of; its weights are not kept."""
+    restored = restore(workdir, warn=log)
+    config, step = restored.config, restored.step
+    if 0 < step < config.train.steps:  # imported weights are of step 0
+        log(f"{workdir}: its training stands at step {step} of {config.train.steps}")
+    scored = config.model, config.tokenizer, config.mesh
+    if scored not in objectives:
+        objectives[scored] = make_objective(cfg.objective, config, Placement.of(config.mesh))
+    return config, {
+        "checkpoint": step,
+        "digest": weights_digest(restored.ema),
+        "tokenizer_digest": restored.tokenizer_digest,
+        "objective": objectives[scored],
     }
-
-
-def _setting(
-    name: str, changes: Mapping[tuple[str, str | None], Any], workdir: str | None
-) -> Setting:
-    sections: dict[str, dict[str, Any]] = {}
-    for (section, field), value in changes.items():
-        if field is None:
-            workdir = os.fspath(value)
-        else:
-            sections.setdefault(section, {})[field] = value
-    return Setting(name, workdir or "", sections)
-
-
-def _named(where: tuple[str, str | None], value: Any) -> str:
-    """How a value of the grid shows in a point's name."""
-    if where == ("strategy", "file"):
-        return pathlib.Path(str(value)).stem
-    if where[1] is None:
-        return os.path.normpath(value)
-    return f"{where[1]}={value}"

@@ -4,13 +4,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from enat_jax.core.generate import Layout, TracedStrategy, trace_strategy
 from enat_jax.core.plans import Bucket, Plan, generation_plans
 from enat_jax.core.strategy import clipped_counts
-from enat_jax.evaluation.objective import Objective
+from enat_jax.evaluation.objective import Objective, Wants
 from enat_jax.experiments.search.config import SearchConfig
 from enat_jax.experiments.search.parameters import Parameters
 from enat_jax.sampling.sampler import Sampler
@@ -25,10 +24,9 @@ def roomy_layout(steps: int, length: int, *, new: int, reuse: bool) -> Layout:
         new: most tokens that a step may be the first to read.
         reuse: whether steps reuse features of earlier ones; otherwise all visible tokens are new.
     """
-    first, visible = Plan(0, 0, length), length - 1
     # every plan but the first at the limits: what the loop's buffers are measured by
-    limits = Plan(visible if reuse else 0, new, length)
-    plans = (first, *[limits] * (steps - 1))
+    limits = Plan(length - 1 if reuse else 0, new, length)
+    plans = (Plan(0, 0, length), *[limits] * (steps - 1))
     return Layout(length, (Bucket(plans, plans[-1], guided=True),))
 
 
@@ -36,7 +34,8 @@ class Evaluations:
     """Makes the images of strategies, and has them judged.
 
     Image i of every strategy has the same class and the same noise, so that a difference between
-    two values is the strategies'.
+    two values is the strategies'. At most two programs are compiled: one for strategies that
+    reveal not too many tokens at a time, and where features are reused one for the others.
 
     Args:
         cfg: the search's config.
@@ -46,9 +45,8 @@ class Evaluations:
 
     Attributes:
         parameters: where a strategy's numbers are.
-        layouts: that may be compiled: at most two.
-        compiled: programs by layout, and number of strategies in a call.
-        batch_size: images in a call.
+        layouts: of the programs; the last has room for any strategy.
+        run: the jitted function of both.
     """
 
     def __init__(
@@ -62,22 +60,19 @@ class Evaluations:
         self._cfg, self._sampler, self._objective = cfg, sampler, objective
         self._length = model.length
         self._reuse = model.carries_features and sampler.config.strategy.reuse
-        self.batch_size = sampler.program.batch_size(max(cfg.num_images))
         self.parameters = Parameters(cfg.steps)
-        new = [self._length - 1]
+        room = [self._length - 1]
         if self._reuse:
-            most = max(plan.new for plan in self.plans(start))
-            new.insert(0, min(int(cfg.margin * most), self._length - 1))
+            room.insert(0, min(int(cfg.margin * self._most_new(start)), self._length - 1))
         self.layouts = tuple(
-            roomy_layout(cfg.steps, self._length, new=n, reuse=self._reuse)
-            for n in dict.fromkeys(new)
+            roomy_layout(cfg.steps, self._length, new=new, reuse=self._reuse)
+            for new in dict.fromkeys(room)
         )
-        self.compiled: dict[tuple[Layout, int], Any] = {}
-
-    def plans(self, numbers: Float[np.ndarray, " n"]) -> tuple[Plan, ...]:
-        """Token counts of every step, under AutoNAT's masking rule."""
-        counts = clipped_counts(numbers[self.parameters.is_ratio], self._length)
-        return generation_plans(counts, self._length, reuse=self._reuse)
+        self.run = jax.jit(
+            self._generate,
+            static_argnames=("layout", "output"),
+            out_shardings=sampler.placement.batch,
+        )
 
     def class_ids(self, images: int) -> Int[np.ndarray, " b"]:
         """The images' classes, the same for every strategy."""
@@ -97,87 +92,57 @@ class Evaluations:
             images: to make of each.
             together: strategies that a call of the program takes, however many there are.
         """
-        roomy = [not self._fits(numbers) for numbers in candidates]
-        usual = [k for k, more in enumerate(roomy) if not more]
+        room = self.layouts[0].buckets[0].shape.new
+        fit = [k for k, numbers in enumerate(candidates) if self._most_new(numbers) <= room]
         scores: dict[int, dict[str, float]] = {}
-        if usual:
-            width = together or len(candidates)
-            found = self._scores(candidates[usual], self.layouts[0], width, images)
-            scores |= dict(zip(usual, found, strict=True))
-        for k in np.flatnonzero(roomy):  # rare ones: no lanes are filled up for them
-            (scores[int(k)],) = self._scores(candidates[k][None], self.layouts[-1], 1, images)
+        if fit:
+            lanes = together or len(candidates)
+            values = self._scores(candidates[fit], self.layouts[0], lanes, images)
+            scores |= zip(fit, values, strict=True)
+        for k in set(range(len(candidates))) - scores.keys():  # rare: no lanes are filled up
+            (scores[k],) = self._scores(candidates[[k]], self.layouts[-1], 1, images)
         return [scores[k] for k in range(len(candidates))]
 
-    def _fits(self, numbers: Float[np.ndarray, " n"]) -> bool:
-        """Whether the first layout has room."""
-        return max(p.new for p in self.plans(numbers)) <= self.layouts[0].buckets[0].shape.new
-
     def _scores(
-        self, candidates: Float[np.ndarray, "k n"], layout: Layout, together: int, images: int
+        self, candidates: Float[np.ndarray, "k n"], layout: Layout, lanes: int, images: int
     ) -> list[dict[str, float]]:
-        """Scores of strategies that fit a layout, whose program takes so many together."""
-        lanes = np.minimum(np.arange(together), len(candidates) - 1)  # filled up with the last one
-        traced = self._traced(candidates[lanes])
-        sampler, placement = self._sampler, self._sampler.placement
-        wants = self._objective.wants
-        classes = self.class_ids(images)
-        by_image = placement.batch
-        traced, key = placement.put((traced, jax.random.key(self._cfg.seed)))
-        decoder = sampler.tokenizer.params if sampler.tokenizer and wants != "token_ids" else ()
+        """Scores of strategies that fit a layout, whose program takes as many as it has lanes."""
+        filled = candidates[np.minimum(np.arange(lanes), len(candidates) - 1)]
+        traced = [
+            trace_strategy(self.parameters.strategy(numbers, self._length), self._plans(numbers))
+            for numbers in filled
+        ]
+        stacked = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *traced)
+        classes, done = self.class_ids(images), 0
         scorers = [self._objective.start() for _ in candidates]
-        for first in range(0, images, self.batch_size):
-            ids = np.arange(first, first + self.batch_size, dtype=np.int32)
-            batch = classes[np.minimum(ids, images - 1)]  # the last one is filled up
-            arguments = (
-                sampler.params, decoder, *placement.put((batch, ids), by_image), traced, key
-            )  # fmt: skip
-            made = self._program(layout, together, arguments)(*arguments)
-            count = min(self.batch_size, images - first)
-            for scorer, part in zip(scorers, made, strict=False):  # some lanes are not counted
-                scorer.add(part, batch[:count])
+        for count, made in self._sampler.batches(
+            classes,
+            output=self._objective.wants,
+            seed=self._cfg.seed,
+            plan=(layout, stacked),
+            run=self.run,
+            batch_size=self._sampler.program.batch_size(max(self._cfg.num_images)),
+        ):
+            for scorer, part in zip(scorers, made, strict=False):  # what fills up is not scored
+                scorer.add(part, classes[done : done + count])
+            done += count
         return [scorer.value() for scorer in scorers]
 
-    def _traced(self, candidates: Float[np.ndarray, "k n"]) -> TracedStrategy:
-        """The loop's numbers, `[k t]` each."""
-        traced = [
-            trace_strategy(self.parameters.strategy(numbers, self._length), self.plans(numbers))
-            for numbers in candidates
-        ]
-        return jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *traced)
+    def _plans(self, numbers: Float[np.ndarray, " n"]) -> tuple[Plan, ...]:
+        """Token counts of every step, under AutoNAT's masking rule."""
+        counts = clipped_counts(numbers[self.parameters.is_ratio], self._length)
+        return generation_plans(counts, self._length, reuse=self._reuse)
 
-    def _program(self, layout: Layout, together: int, arguments: tuple[Any, ...]) -> Any:
-        if (layout, together) not in self.compiled:
-            where = self._sampler.placement.batch
-            made = jax.jit(self._make, static_argnames="layout", out_shardings=where)
-            self.compiled[layout, together] = made.lower(*arguments, layout=layout).compile()
-        return self.compiled[layout, together]
+    def _most_new(self, numbers: Float[np.ndarray, " n"]) -> int:
+        return max(plan.new for plan in self._plans(numbers))
 
-    def _make(
-        self,
-        params: Any,
-        decoder: Any,
-        class_ids: Int[Array, " b"],
-        image_ids: Int[Array, " b"],
-        strategies: TracedStrategy,
-        key: jax.Array,
-        *,
-        layout: Layout,
-    ) -> tuple[Array, ...]:
-        """What every strategy makes, a few of them side by side."""
+    def _generate(self, *arguments: Any, layout: Layout, output: Wants) -> tuple[Array, ...]:
+        """What every strategy makes of a batch; arguments as `GenerationProgram.run` has them."""
+        *before, strategies, key = arguments
 
         def one(strategy: TracedStrategy) -> Array:
-            return self._sampler.program.run(
-                params, decoder, class_ids, image_ids, strategy, key,
-                layout=layout, output=self._objective.wants,
-            )  # fmt: skip
+            run = self._sampler.program.run
+            return run(*before, strategy, key, layout=layout, output=output)
 
-        total = len(strategies.step)
-        width = min(self._cfg.strategies_at_once, total)
-        if width == 1:
-            return tuple(jax.lax.map(one, strategies))
-        filled = np.arange(-(-total // width) * width) % total
-        groups = jax.tree.map(
-            lambda x: rearrange(x[filled], "(m w) t -> m w t", w=width), strategies
-        )
-        made = jax.lax.map(jax.vmap(one), groups)
-        return tuple(rearrange(made, "m w ... -> (m w) ...")[:total])
+        width = min(self._cfg.strategies_at_once, len(strategies.step))  # side by side
+        return tuple(jax.lax.map(one, strategies, batch_size=width if width > 1 else None))

@@ -1,31 +1,17 @@
-"""Optimisers that ask for numbers to be evaluated, and are told what came of them."""
+"""Optimisers: they ask for numbers to be evaluated, and are told what came of them.
 
-from typing import Any, Protocol, runtime_checkable
+What one asks for depends on its start and on what it was told alone. `current` is where it stands;
+`ask` gives always as many numbers `[k n]`, the same until `tell`, which takes their values `[k]`,
+all finite, less being better: one update.
+"""
+
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from enat_jax.experiments.search.config import CmaConfig, SearchConfig, SgdConfig
-from enat_jax.experiments.search.parameters import LARGEST_RATIO, SMALLEST, Parameters
-
-
-@runtime_checkable
-class Optimiser(Protocol):
-    """Pure: what it asks for depends on its start and on what it was told alone.
-
-    Attributes:
-        current: where it stands; what a search that goes on with other images starts from.
-    """
-
-    current: Float[np.ndarray, " n"]
-
-    def ask(self) -> Float[np.ndarray, "k n"]:
-        """Numbers to evaluate, the same until `tell`, and always as many."""
-        ...
-
-    def tell(self, values: Float[np.ndarray, " k"]) -> None:
-        """Takes what was asked for, all finite, less being better: one update."""
-        ...
+from enat_jax.experiments.search.parameters import Parameters
 
 
 class Sgd:
@@ -35,9 +21,8 @@ class Sgd:
     """
 
     def __init__(self, start: Float[np.ndarray, " n"], parameters: Parameters, cfg: SgdConfig):
-        ratio = parameters.is_ratio
         self.current = parameters.clamp(start)
-        self._parameters = parameters
+        self._parameters, ratio = parameters, parameters.is_ratio
         self._probe = np.where(ratio, cfg.ratio_probe, cfg.probe)
         self._rate = np.where(ratio, cfg.ratio_learning_rate, cfg.learning_rate)
         self._momentum = cfg.momentum
@@ -62,22 +47,16 @@ class Cma:
     """CMA-ES within the search's limits (Hansen; package `cma`)."""
 
     def __init__(
-        self,
-        start: Float[np.ndarray, " n"],
-        parameters: Parameters,
-        cfg: CmaConfig,
-        *,
-        seed: int,
+        self, start: Float[np.ndarray, " n"], parameters: Parameters, cfg: CmaConfig, seed: int
     ):
         import cma
 
-        ratio = parameters.is_ratio
         self.current = parameters.clamp(start)
-        spread = np.where(ratio, cfg.ratio_spread, cfg.spread * np.maximum(1.0, self.current))
+        spread = cfg.spread * np.maximum(1.0, self.current)
         rng = np.random.default_rng(seed)
         options: dict[str, Any] = {
-            "CMA_stds": spread,
-            "bounds": [np.where(ratio, 0.0, SMALLEST), np.where(ratio, LARGEST_RATIO, np.inf)],
+            "CMA_stds": np.where(parameters.is_ratio, cfg.ratio_spread, spread),
+            "bounds": list(parameters.limits),
             "seed": np.nan,  # leaves NumPy's global state alone
             "randn": lambda *shape: rng.standard_normal(shape),
             "verbose": -10,  # no output, no files
@@ -90,8 +69,8 @@ class Cma:
 
     def ask(self) -> Float[np.ndarray, "k n"]:
         """A generation of numbers, drawn from the distribution as it is now."""
-        asked = self._asked = self._asked or self._strategy.ask()
-        return np.stack([self._parameters.clamp(each) for each in asked])
+        self._asked = self._asked or self._strategy.ask()
+        return self._parameters.clamp(np.stack(self._asked))
 
     def tell(self, values: Float[np.ndarray, " k"]) -> None:
         """Moves and reshapes the distribution; the search stands at its mean."""
@@ -102,8 +81,8 @@ class Cma:
 
 def make_optimiser(
     cfg: SearchConfig, start: Float[np.ndarray, " n"], parameters: Parameters, *, phase: int
-) -> Optimiser:
+) -> Sgd | Cma:
     """The optimiser that a config describes, at a start."""
     if cfg.optimiser == "sgd":
         return Sgd(start, parameters, cfg.sgd)
-    return Cma(start, parameters, cfg.cma, seed=cfg.seed + phase)
+    return Cma(start, parameters, cfg.cma, cfg.seed + phase)

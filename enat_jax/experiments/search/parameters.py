@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from enat_jax.core.strategy import GenerationStrategy, clip_ratios
 
-LARGEST_RATIO = 0.99  # of the searched ones; a probe may go on to 1
-SMALLEST = 1e-4  # of all other numbers
+_LARGEST_RATIO = 0.99  # of the searched ones; a probe may go on to 1
+_SMALLEST = 1e-4  # of all other numbers
 
 
 @dataclass(frozen=True)
@@ -25,48 +25,39 @@ class Parameters:
     steps: int
 
     @property
-    def size(self) -> int:
-        """How many numbers there are."""
-        return 4 * self.steps - 2
-
-    @property
-    def is_ratio(self) -> np.ndarray:
-        """Which of the numbers are mask ratios."""
-        return np.arange(self.size) < self.steps - 1
-
-    @property
     def names(self) -> tuple[str, ...]:
         """A name for every number, with its step, from 1."""
-        counts = {
-            "mask_ratio": self.steps - 1,
-            "choice_temperature": self.steps - 1,
-            "sampling_temperature": self.steps,
-            "guidance_scale": self.steps,
-        }
+        t = self.steps
+        counts = {"mask_ratio": t - 1, "choice_temperature": t - 1,
+                  "sampling_temperature": t, "guidance_scale": t}  # fmt: skip
         return tuple(f"{name}_{i + 1}" for name, count in counts.items() for i in range(count))
+
+    @property
+    def is_ratio(self) -> Bool[np.ndarray, " n"]:
+        """Which of the numbers are mask ratios."""
+        return np.arange(4 * self.steps - 2) < self.steps - 1
+
+    @property
+    def limits(self) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """The least and the largest that each number may be."""
+        low = np.where(self.is_ratio, 0.0, _SMALLEST)
+        return low, np.where(self.is_ratio, _LARGEST_RATIO, np.inf)
+
+    def clamp(self, numbers: Float[np.ndarray, "*k n"]) -> Float[np.ndarray, "*k n"]:
+        """The nearest numbers within the limits."""
+        return np.clip(numbers, *self.limits)
 
     def published_start(self) -> Float[np.ndarray, " n"]:
         """Where AutoNAT's search starts."""
-        line = np.linspace(0, 1, self.steps + 1)
-        return np.concatenate(
-            [np.cos(line * np.pi / 2)[1:-1], (1 - line)[:-2], np.ones(self.steps), line[1:]]
-        )
-
-    def clamp(self, numbers: Float[np.ndarray, "*k n"]) -> Float[np.ndarray, "*k n"]:
-        """The nearest numbers within the search's limits."""
-        low = np.where(self.is_ratio, 0.0, SMALLEST)
-        high = np.where(self.is_ratio, LARGEST_RATIO, np.inf)
-        return np.clip(numbers, low, high)
+        progress = np.linspace(0, 1, self.steps + 1)
+        ratios, choice = np.cos(progress * np.pi / 2)[1:-1], (1 - progress)[:-2]
+        return np.concatenate([ratios, choice, np.ones(self.steps), progress[1:]])
 
     def numbers(self, strategy: GenerationStrategy) -> Float[np.ndarray, " n"]:
-        """A strategy's numbers, within the search's limits."""
-        parts = (
-            strategy.mask_ratio[:-1],
-            strategy.choice_temperature[:-1],
-            strategy.sampling_temperature,
-            strategy.guidance_scale,
-        )
-        return self.clamp(np.concatenate(parts))
+        """A strategy's numbers, within the limits."""
+        ratios, choice = strategy.mask_ratio[:-1], strategy.choice_temperature[:-1]
+        sampling, guidance = strategy.sampling_temperature, strategy.guidance_scale
+        return self.clamp(np.concatenate([ratios, choice, sampling, guidance]))
 
     def strategy(self, numbers: Float[np.ndarray, " n"], length: int) -> GenerationStrategy:
         """The strategy that numbers stand for, under AutoNAT's masking rule.

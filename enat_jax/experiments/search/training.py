@@ -12,15 +12,12 @@ from enat_jax.errors import UserError
 from enat_jax.evaluation.objective import make_objective
 from enat_jax.experiments.search.config import SearchConfig
 from enat_jax.experiments.search.evaluations import Evaluations
-from enat_jax.experiments.search.log import SearchError
-from enat_jax.experiments.search.loop import Found, identity, search, starting_numbers
-from enat_jax.experiments.study_folder import open_study
-from enat_jax.files import write_text
+from enat_jax.experiments.search.loop import Best, identity, search, starting_numbers
+from enat_jax.experiments.table import Table
 from enat_jax.sampling.sampler import Restored, restore, sampler_of
 from enat_jax.training.train import train
 
-BETAS = "betas.csv"
-_COLUMNS = "round,a,b"
+Beta = tuple[float, float]
 
 
 def alternate(
@@ -28,8 +25,8 @@ def alternate(
     restored: Restored,
     out: str | os.PathLike[str],
     *,
-    say: Callable[[str], object] = print,
-) -> Found:
+    log: Callable[[str], object] = print,
+) -> Best:
     """Searches training's Beta(a, b) of mask ratios and the strategy, in turns (AutoNAT).
 
     AutoNAT alternates so; the code of its search over (a, b) is not published. Here, each round
@@ -43,108 +40,75 @@ def alternate(
         cfg: the search's config.
         restored: the first model and its config.
         out: the folder.
-        say: called with lines for the user.
+        log: called with lines for the user.
 
     Returns:
-        What the last round's search found.
+        What came of the last round's search.
 
     Raises:
         UserError: as `search` and `train`; or candidates' values that are not finite.
     """
-    numbers = starting_numbers(cfg, sampler_of(restored))
-    folder = pathlib.Path(out)
-    open_study(folder, identity(cfg, restored, numbers), results=BETAS)
-    current, start, found = restored, cfg, None
-    for number in range(cfg.training.rounds):
-        betas = _Betas(start, restored, folder, number, say)
-        current = betas.best(current)
-        say(f"round {number + 1} of {cfg.training.rounds}: Beta{_beta(current)} is trained with")
-        alone = dataclasses.replace(start.training, rounds=0)
-        found = search(
-            dataclasses.replace(start, training=alone), current, folder / f"round_{number}", say=say
-        )
-        start = dataclasses.replace(cfg, start=str(found.path))
-    assert found is not None  # there is at least one round
-    return found
+    sampler, folder = sampler_of(restored), pathlib.Path(out)
+    score = make_objective(cfg.objective, restored.config, sampler.placement).names[0]
+    about = identity(cfg, restored, starting_numbers(cfg, sampler))
+    columns = {"round": int, "a": float, "b": float, score: float}
+    table = Table(folder / "betas.csv", columns, keys=3, about=about)
+    cfg, rounds = (
+        dataclasses.replace(cfg, training=dataclasses.replace(cfg.training, rounds=0)),
+        cfg.training.rounds,
+    )
+    current, best = restored, None
+
+    def model(beta: Beta) -> Restored:
+        for known in (current, restored):
+            if beta == _beta(known):
+                return known
+        return _trained(restored, beta, cfg.training.steps, folder / "trained", log)
+
+    for number in range(rounds):
+        betas = candidates(_beta(current), cfg.training.factor)
+        for beta in betas:
+            if (number, *beta) not in table.rows:
+                value = _value(cfg, model(beta))
+                table.add({"round": number, "a": beta[0], "b": beta[1], score: value})
+                log(f"round {number + 1}: Beta{beta}: {value:.6g}")
+        values = {beta: table.rows[number, *beta][score] for beta in betas}
+        if not np.all(np.isfinite([*values.values()])):
+            raise UserError(f"values of Beta(a, b) that are not finite: {values}")
+        current = model(min(betas, key=values.__getitem__))
+        log(f"round {number + 1} of {rounds}: Beta{_beta(current)} is trained with")
+        best = search(cfg, current, folder / f"round_{number}", log=log)
+        cfg = dataclasses.replace(cfg, start=str(best.path))
+    assert best is not None  # there is at least one round
+    return best
 
 
-def candidates(beta: tuple[float, float], factor: float) -> list[tuple[float, float]]:
+def candidates(beta: Beta, factor: float) -> list[Beta]:
     """What a round tries: the current (a, b), and each of them made larger and smaller."""
     a, b = beta
     return [(a, b), (a * factor, b), (a / factor, b), (a, b * factor), (a, b / factor)]
 
 
-class _Betas:
-    """A round's candidates, trained and judged."""
-
-    def __init__(
-        self,
-        cfg: SearchConfig,
-        first: Restored,
-        folder: pathlib.Path,
-        number: int,
-        say: Callable[[str], object],
-    ):
-        self._first = first
-        self._cfg, self._folder, self._number, self._say = cfg, folder, number, say
-        self._path = folder / BETAS
-
-    def best(self, current: Restored) -> Restored:
-        """The candidate of the least value; the current model where none is better."""
-        betas = candidates(_beta(current), self._cfg.training.factor)
-        known, values = self._known(), []
-        for beta in betas:
-            key = (self._number, *beta)
-            if key not in known:
-                model = current if beta == betas[0] else self._trained(current, beta)
-                known[key] = self._judge(model)
-            values.append(known[key])
-        if not np.all(np.isfinite(values)):
-            pairs = dict(zip(betas, values, strict=True))
-            raise SearchError(f"values of Beta(a, b) that are not finite: {pairs}")
-        at = int(np.argmin(values))
-        return current if at == 0 else self._trained(current, betas[at])
-
-    def _judge(self, model: Restored) -> float:
-        """The value of a model under the round's strategy; recorded."""
-        cfg, sampler = self._cfg, sampler_of(model)
-        objective = make_objective(cfg.objective, model.config, sampler.placement)
-        start = starting_numbers(cfg, sampler)
-        (scores,) = Evaluations(cfg, sampler, objective, start)(start[None], cfg.num_images[-1])
-        value = float(scores[objective.names[0]])
-        self._add((self._number, *_beta(model)), value, objective.names[0])
-        self._say(f"round {self._number + 1}: Beta{_beta(model)}: {value:.6g}")
-        return value
-
-    def _trained(self, current: Restored, beta: tuple[float, float]) -> Restored:
-        """A model trained with other mask ratios; trained further where it was stopped."""
-        if beta == _beta(self._first):
-            return self._first
-        fields = dataclasses.asdict(current.config)
-        fields["train"]["mask_beta"] = beta
-        if self._cfg.training.steps:
-            fields["train"]["steps"] = self._cfg.training.steps
-        config = config_from_dict(fields)
-        workdir = self._folder / "trained" / f"{beta[0]:.6g}_{beta[1]:.6g}"
-        train(config, workdir, log=self._say)
-        return restore(workdir, overrides=lambda _: config)
-
-    def _known(self) -> dict[tuple[int, float, float], float]:
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        known = {}
-        for line in text[: text.rfind("\n") + 1].splitlines()[1:]:  # after the columns' names
-            try:
-                number, a, b, value = line.split(",")
-                known[int(number), float(a), float(b)] = float(value)
-            except ValueError as error:
-                raise UserError(f"{self._path}: {line!r}: {error}") from error
-        return known
-
-    def _add(self, key: tuple[int, float, float], value: float, name: str) -> None:
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        whole = text[: text.rfind("\n") + 1] or f"{_COLUMNS},{name}\n"
-        write_text(self._path, whole + ",".join(map(repr, (*key, value))) + "\n")
+def _value(cfg: SearchConfig, model: Restored) -> float:
+    """The value of a model under the strategy that a search would start from."""
+    sampler = sampler_of(model)
+    objective = make_objective(cfg.objective, model.config, sampler.placement)
+    start = starting_numbers(cfg, sampler)
+    (scores,) = Evaluations(cfg, sampler, objective, start)(start[None], cfg.num_images[-1])
+    return float(scores[objective.names[0]])
 
 
-def _beta(restored: Restored) -> tuple[float, float]:
+def _trained(
+    first: Restored, beta: Beta, steps: int, folder: pathlib.Path, log: Callable[[str], object]
+) -> Restored:
+    """A model trained with other mask ratios, further where that was stopped."""
+    fields = dataclasses.asdict(first.config)
+    fields["train"] |= {"mask_beta": beta, "steps": steps or first.config.train.steps}
+    config = config_from_dict(fields)
+    workdir = folder / f"{beta[0]:.6g}_{beta[1]:.6g}"
+    train(config, workdir, log=log)
+    return restore(workdir, overrides=lambda _: config)
+
+
+def _beta(restored: Restored) -> Beta:
     return restored.config.train.mask_beta

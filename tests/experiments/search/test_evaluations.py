@@ -1,40 +1,30 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from enat_jax.config import load_config
 from enat_jax.core.strategy import write_strategy
 from enat_jax.evaluation.objective import ObjectiveConfig, make_objective
 from enat_jax.experiments.search.config import SearchConfig, SgdConfig
 from enat_jax.experiments.search.evaluations import Evaluations
 from enat_jax.experiments.search.optimisers import make_optimiser
 from enat_jax.experiments.search.parameters import Parameters
-from enat_jax.models.networks import make_network
 from enat_jax.sampling.sampler import Sampler
+from tests.support.made_up import made_up
 from tests.support.on_hosts import on_devices
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-STEPS = 2
-IMAGES = 11  # in batches of 8: a whole one, and a part of one
-PARAMETERS = Parameters(STEPS)
-SMALL = ("model.width=16", "model.num_heads=2", "sample.batch_size=8")
-SIZES = {
-    "digits": ("model.encoder_depth=1", "model.decoder_depth=1"),
-    "digits_autonat": ("model.depth=2",),
-}
+PARAMETERS = Parameters(2)
+IMAGES = 11  # in batches of 8: a full one, and a part of one
+NAMES = ("digits", "digits_autonat")
 
 
 @functools.cache
-def made_up(name):
-    """A sampler of digits that nobody trained."""
-    config = load_config(f"configs/{name}.py", [*SMALL, *SIZES[name]])
-    init = jax.jit(lambda: nnx.split(make_network(config.model, rngs=nnx.Rngs(0)), nnx.Param)[1])
-    return Sampler(config, init())
+def sampler_of(name):
+    checkpoint = made_up(name)
+    return Sampler(checkpoint.config, checkpoint.ema)
 
 
 def ink(token_ids, class_ids):
@@ -43,43 +33,50 @@ def ink(token_ids, class_ids):
     return float(np.mean(weights * token_ids))
 
 
-INK = ObjectiveConfig(name="tests.experiments.search.test_evaluations:ink", output="token_ids")
+def brightness(images, class_ids):
+    assert images.shape == (len(class_ids), 4, 4, 3)
+    assert images.dtype == np.uint8
+    return float(images.mean())
+
+
+def objective(function, output):
+    return ObjectiveConfig(name=f"{__name__}:{function}", output=output)
+
+
 CONFIG = SearchConfig(
-    steps=STEPS, num_images=(IMAGES,), updates=(2,), seed=3, objective=INK, start="run",
-    sgd=SgdConfig(ratio_probe=0.1, probe=0.5),
+    steps=2, num_images=(IMAGES,), updates=(2,), seed=3, objective=objective("ink", "token_ids"),
+    start="run", sgd=SgdConfig(ratio_probe=0.1, probe=0.5),
 )  # fmt: skip
 
 
-def evaluations(name, cfg=CONFIG):
-    sampler = made_up(name)
-    objective = make_objective(cfg.objective, sampler.config, sampler.placement)
-    start = PARAMETERS.numbers(sampler.strategy(steps=cfg.steps))
-    return Evaluations(cfg, sampler, objective, start), start
+def evaluations(name, **changes):
+    sampler, cfg = sampler_of(name), dataclasses.replace(CONFIG, **changes)
+    start = PARAMETERS.numbers(sampler.strategy(steps=2))
+    scored = make_objective(cfg.objective, sampler.config, sampler.placement)
+    return Evaluations(cfg, sampler, scored, start), start
 
 
-def directly(name, numbers, folder, classes):
-    """The same value from the plain sampler, which reads the strategy from its file."""
-    sampler = made_up(name)
-    write_strategy(PARAMETERS.strategy(numbers, 64), folder / "s.yaml")
-    options = {"rule": "file", "file": str(folder / "s.yaml"), "steps": STEPS, "masking": "autonat"}
-    tokens = np.concatenate(list(sampler.token_batches(classes, seed=3, **options)))
-    return ink(tokens, classes)
+def values(evaluate, asked, **options):
+    return [scores["ink"] for scores in evaluate(asked, IMAGES, **options)]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_update_is_the_finite_differences_that_the_plain_sampler_gives(name, tmp_path):
     evaluate, start = evaluations(name)
     optimiser = make_optimiser(CONFIG, start, PARAMETERS, phase=0)
-    asked = optimiser.ask()
-    values = np.array([scores["ink"] for scores in evaluate(asked, IMAGES)])
-    classes = evaluate.class_ids(IMAGES)
-    own = np.array([directly(name, numbers, tmp_path, classes) for numbers in asked])
-    np.testing.assert_allclose(values, own, rtol=1e-12)
-    assert len(set(values)) > 3  # strategies do differ
-    optimiser.tell(values)
-    probe = np.where(PARAMETERS.is_ratio, 0.1, 0.5)
-    rate = np.where(PARAMETERS.is_ratio, 1e-3, 0.1)
-    moved = PARAMETERS.clamp(start - rate * (own[1:] - own[0]) / probe)
+    classes, own = evaluate.class_ids(IMAGES), []
+    for numbers in optimiser.ask():  # by the sampler, which reads the strategy from its file
+        write_strategy(PARAMETERS.strategy(numbers, 16), tmp_path / "s.yaml")
+        tokens = np.concatenate(list(sampler_of(name).token_batches(
+            classes, seed=3, rule="file", file=str(tmp_path / "s.yaml"), steps=2, masking="autonat"
+        )))  # fmt: skip
+        own.append(ink(tokens, classes))
+    told = np.array(values(evaluate, optimiser.ask()))
+    np.testing.assert_allclose(told, own, rtol=1e-12)
+    assert len(set(told)) > 3  # strategies do differ
+    optimiser.tell(told)
+    probe, rate = (np.where(PARAMETERS.is_ratio, *each) for each in ((0.1, 0.5), (1e-3, 0.1)))
+    moved = PARAMETERS.clamp(start - rate * (np.array(own[1:]) - own[0]) / probe)
     np.testing.assert_allclose(optimiser.current, moved, rtol=1e-9)
 
 
@@ -87,60 +84,31 @@ def test_an_update_is_the_finite_differences_that_the_plain_sampler_gives(name, 
 def test_whatever_is_asked_compiles_at_most_twice(name, programs):
     evaluate, start = evaluations(name)
     rng = np.random.default_rng(0)
-    before = []
-    for _ in range(2):
-        asked = PARAMETERS.clamp(rng.uniform(0, 1, size=(3, PARAMETERS.size)))
+    for images in (IMAGES, 5, IMAGES):
+        asked = PARAMETERS.clamp(rng.uniform(0, 1, size=(3, 6)))
         asked[0], asked[1, 0] = start, 0.1  # the second reveals most tokens at its first step
-        evaluate(asked, IMAGES)
-        evaluate(asked, 5)  # other sample sizes fit as well
-        before.append(len(evaluate.compiled))
-    assert before == [programs] * 2
-
-
-def compilations():
-    """A list that grows by every program that is compiled."""
-    events = []
-
-    def listen(event, duration_secs, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return events
-
-
-def test_another_strategy_compiles_nothing():
-    evaluate, start = evaluations("digits_autonat")
-    evaluate(np.stack([start, start]), IMAGES)
-    events = compilations()
-    other = PARAMETERS.clamp(start * 0.7)
-    evaluate(np.stack([other, start]), IMAGES)
-    assert events == []
+        evaluate(asked, images)
+        assert evaluate.run._cache_size() == programs
 
 
 def test_a_strategy_without_room_in_the_first_program_has_the_same_value_in_the_second():
-    tight, start = evaluations("digits", dataclasses.replace(CONFIG, margin=1.0))
-    wide, _ = evaluations("digits", dataclasses.replace(CONFIG, margin=100.0))
+    (tight, start), (wide, _) = (evaluations("digits", margin=margin) for margin in (1.0, 100.0))
     assert (len(tight.layouts), len(wide.layouts)) == (2, 1)
-    other = start.copy()
-    other[0] = 0.3  # most tokens are revealed at the first step
-    asked = np.stack([start, other])
-    np.testing.assert_allclose(
-        *([scores["ink"] for scores in each(asked, IMAGES)] for each in (tight, wide)), rtol=1e-12
-    )
-    assert len(tight.compiled) == 2
+    other = np.array([0.3, *start[1:]])  # most tokens are revealed at the first step
+    asked = np.stack([other, start])
+    np.testing.assert_allclose(values(tight, asked), values(wide, asked), rtol=1e-12)
+    assert (tight.run._cache_size(), wide.run._cache_size()) == (2, 1)
 
 
 def test_side_by_side_and_in_calls_of_any_size_values_are_the_same():
     one, start = evaluations("digits_autonat")
     rng = np.random.default_rng(1)
-    asked = PARAMETERS.clamp(start + rng.uniform(-0.2, 0.2, size=(3, PARAMETERS.size)))
-    expected = [scores["ink"] for scores in one(asked, IMAGES)]
+    asked = PARAMETERS.clamp(start + rng.uniform(-0.2, 0.2, size=(3, 6)))
+    expected = values(one, asked)
     assert len(set(expected)) == 3
-    abreast, _ = evaluations("digits_autonat", dataclasses.replace(CONFIG, strategies_at_once=2))
-    for each, options in ((abreast, {}), (one, {"together": 4})):
-        found = [scores["ink"] for scores in each(asked, IMAGES, **options)]
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    abreast, _ = evaluations("digits_autonat", strategies_at_once=2)
+    np.testing.assert_allclose(values(abreast, asked), expected, rtol=1e-12)
+    np.testing.assert_allclose(values(one, asked, together=4), expected, rtol=1e-12)
 
 
 def test_classes_are_drawn_uniformly_or_balanced_the_same_every_time():
@@ -148,45 +116,27 @@ def test_classes_are_drawn_uniformly_or_balanced_the_same_every_time():
     counts = np.bincount(drawn.class_ids(10_000), minlength=10)
     assert 0 < np.abs(counts - 1000).max() < 150
     np.testing.assert_array_equal(drawn.class_ids(50), evaluations("digits")[0].class_ids(50))
-    balanced, _ = evaluations("digits", dataclasses.replace(CONFIG, classes="balanced"))
+    balanced, _ = evaluations("digits_autonat", classes="balanced")
     np.testing.assert_array_equal(balanced.class_ids(12), [*range(10), 0, 1])
 
 
 def test_images_of_256_levels_are_judged_where_they_are_asked_for():
-    cfg = dataclasses.replace(CONFIG, objective=dataclasses.replace(INK, output="uint8"))
-    cfg = dataclasses.replace(
-        cfg,
-        objective=dataclasses.replace(
-            cfg.objective, name="tests.experiments.search.test_evaluations:brightness"
-        ),
-    )
-    evaluate, start = evaluations("digits_autonat", cfg)
+    evaluate, start = evaluations("digits_autonat", objective=objective("brightness", "uint8"))
     (scores,) = evaluate(start[None], 4)
     assert 0 < scores["brightness"] < 255
 
 
-def brightness(images, class_ids):
-    assert images.shape == (len(class_ids), 8, 8, 3)
-    assert images.dtype == np.uint8
-    return float(images.mean())
-
-
-ON_EIGHT = """
+ON_FOUR = """
 import tests.experiments.search.test_evaluations as t
-evaluate, start = t.evaluations("digits")
-assert jax.device_count() == 8
-values = [scores["ink"] for scores in evaluate(t.asked_by_an_update(start), t.IMAGES)]
-np.save(arguments[0], values)
+evaluate, start = t.evaluations("digits_autonat")
+np.save(arguments[0], t.values(evaluate, np.stack([start, 0.9 * start])))
+assert jax.device_count() == 4
 """
 
 
-def asked_by_an_update(start):
-    return make_optimiser(CONFIG, start, PARAMETERS, phase=0).ask()[:4]
-
-
-def test_eight_devices_share_out_the_images_and_give_the_same_values(tmp_path):
-    evaluate, start = evaluations("digits")
-    expected = [scores["ink"] for scores in evaluate(asked_by_an_update(start), IMAGES)]
-    on_devices(ON_EIGHT, tmp_path / "values.npy", devices=8)
+def test_several_devices_share_out_the_images_and_give_the_same_values(tmp_path):
+    evaluate, start = evaluations("digits_autonat")
+    expected = values(evaluate, np.stack([start, 0.9 * start]))
+    on_devices(ON_FOUR, tmp_path / "values.npy", devices=4)
     np.testing.assert_allclose(np.load(tmp_path / "values.npy"), expected, rtol=1e-12)
-    assert len(set(expected)) > 1
+    assert len(set(expected)) == 2

@@ -6,9 +6,10 @@ from enat_jax.experiments.search.optimisers import make_optimiser
 from enat_jax.experiments.search.parameters import Parameters
 
 FOUR = Parameters(4)
-KNOWN = FOUR.clamp(np.linspace(0.9, 0.2, FOUR.size))  # where the quadratics below are least
+KNOWN = FOUR.clamp(np.linspace(0.9, 0.2, 14))  # where the quadratic below is least
 # curvatures for which the published rates descend: 1e-3 for ratios, 0.1 for the others
 CURVATURE = np.where(FOUR.is_ratio, 100.0, 1.0)
+PROBE = np.where(FOUR.is_ratio, 1e-2, 0.1)
 
 
 def quadratic(numbers):
@@ -21,54 +22,44 @@ def descended(optimiser, updates):
     return optimiser.current
 
 
-def start(**changes):
-    cfg = SearchConfig(steps=4, **changes)
-    return make_optimiser(cfg, FOUR.published_start(), FOUR, phase=0)
+def start(parameters=FOUR, **changes):
+    cfg = SearchConfig(steps=parameters.steps, **changes)
+    return make_optimiser(cfg, parameters.published_start(), parameters, phase=0)
 
 
 class TestPublished:
     def test_it_asks_for_where_it_stands_and_one_probe_per_number(self):
         asked = start().ask()
-        assert asked.shape == (15, 14)
         np.testing.assert_array_equal(asked[0], FOUR.clamp(FOUR.published_start()))
-        steps = np.where(FOUR.is_ratio, 1e-2, 0.1)
-        np.testing.assert_allclose(asked[1:] - asked[0], np.diag(steps), atol=1e-15)
+        np.testing.assert_allclose(asked[1:] - asked[0], np.diag(PROBE), atol=1e-15)
 
     def test_a_ratios_probe_stays_within_0_and_1(self):
-        cfg = SearchConfig(steps=2, sgd=SgdConfig(ratio_probe=0.5))
-        two = Parameters(2)
+        cfg, two = SearchConfig(steps=2, sgd=SgdConfig(ratio_probe=0.5)), Parameters(2)
         asked = make_optimiser(cfg, np.full(6, 0.99), two, phase=0).ask()
         assert asked[1, 0] == 1.0
         assert asked[2, 1] == pytest.approx(1.09)
 
     def test_two_updates_by_hand(self):
         optimiser = start()
-        x = optimiser.current
         rate = np.where(FOUR.is_ratio, 1e-3, 0.1)
         slope = np.linspace(-0.5, 1, 14)
-        probe = np.where(FOUR.is_ratio, 1e-2, 0.1)
-        values = np.concatenate([[3.0], 3.0 + slope * probe])
-        optimiser.tell(values)
-        np.testing.assert_allclose(optimiser.current, FOUR.clamp(x - rate * slope), rtol=1e-12)
-        once = optimiser.current
-        optimiser.tell(values)  # with half of the last direction on top
-        np.testing.assert_allclose(optimiser.current, FOUR.clamp(once - rate * 1.5 * slope))
+        values = np.concatenate([[3.0], 3.0 + slope * PROBE])
+        for share in (1, 1.5):  # with half of the last direction on top
+            expected = FOUR.clamp(optimiser.current - rate * share * slope)
+            optimiser.tell(values)
+            np.testing.assert_allclose(optimiser.current, expected, rtol=1e-12)
 
-    def test_it_converges_to_a_known_optimum_within_100_updates(self):
+    def test_it_converges_to_a_known_optimum_and_finer_probes_come_closer(self):
         # a forward difference sees the slope half a probe ahead, and so stops half a probe short
-        bias = np.where(FOUR.is_ratio, 1e-2, 0.1) / 2
-        np.testing.assert_allclose(descended(start(), 100), KNOWN - bias, atol=1e-4)
-
-    def test_finer_probes_come_closer(self):
-        cfg = SgdConfig(probe=1e-4, ratio_probe=1e-4)
-        np.testing.assert_allclose(descended(start(sgd=cfg), 100), KNOWN, atol=1e-4)
+        np.testing.assert_allclose(descended(start(), 100), KNOWN - PROBE / 2, atol=1e-4)
+        fine = start(sgd=SgdConfig(probe=1e-4, ratio_probe=1e-4))
+        np.testing.assert_allclose(descended(fine, 100), KNOWN, atol=1e-4)
 
     def test_it_never_leaves_the_limits(self):
         optimiser = start()
         for sign in (1e6, -1e6):
             optimiser.tell(sign * np.arange(15.0))
             np.testing.assert_array_equal(optimiser.current, FOUR.clamp(optimiser.current))
-            assert np.all(np.isfinite(optimiser.current))
 
 
 class TestCma:
@@ -81,13 +72,10 @@ class TestCma:
             asked = one.ask()
             np.testing.assert_array_equal(one.ask(), asked)
             np.testing.assert_array_equal(same.ask(), asked)
+            np.testing.assert_array_equal(asked, FOUR.clamp(asked))
             assert np.abs(other.ask() - asked).max() > 1e-3
             for each in (one, same, other):
                 each.tell(quadratic(each.ask()))
-
-    def test_it_stays_within_the_limits(self):
-        asked = np.concatenate([start(optimiser="cma", seed=seed).ask() for seed in range(20)])
-        np.testing.assert_array_equal(asked, np.stack([FOUR.clamp(each) for each in asked]))
 
     def test_numpys_own_random_numbers_are_left_alone(self):
         np.random.seed(7)
@@ -98,10 +86,7 @@ class TestCma:
 
 @pytest.mark.parametrize("name", ["sgd", "cma"])
 def test_a_single_step_has_numbers_to_search(name):
-    one = Parameters(1)
-    optimiser = make_optimiser(
-        SearchConfig(steps=1, optimiser=name), one.published_start(), one, phase=0
-    )
+    optimiser = start(Parameters(1), optimiser=name)
     for _ in range(3):
         asked = optimiser.ask()
         assert asked.shape[1] == 2

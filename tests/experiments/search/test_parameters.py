@@ -14,9 +14,8 @@ from enat_jax.experiments.search.parameters import Parameters
 def test_there_are_4t_minus_2_numbers_with_a_name_each():
     for steps in (1, 2, 8):
         parameters = Parameters(steps)
-        assert parameters.size == 4 * steps - 2 == len(parameters.names)
-        assert len(set(parameters.names)) == parameters.size
-        assert len(parameters.published_start()) == parameters.size
+        assert len(set(parameters.names)) == len(parameters.names) == 4 * steps - 2
+        assert len(parameters.published_start()) == 4 * steps - 2
 
 
 def test_the_published_start_by_hand():
@@ -28,33 +27,28 @@ def test_the_published_start_by_hand():
 
 
 def test_a_strategys_numbers_give_the_strategy_back():
-    parameters = Parameters(4)
     made = make_strategy(StrategyConfig(steps=4, schedule="linear"))
-    numbers = parameters.numbers(made)
-    again = parameters.strategy(numbers, 64)
+    again = Parameters(4).strategy(Parameters(4).numbers(made), 64)
     np.testing.assert_array_equal(again.mask_ratio, made.mask_ratio)
     np.testing.assert_array_equal(again.choice_temperature, made.choice_temperature)
-    np.testing.assert_array_equal(again.guidance_scale[1:], made.guidance_scale[1:])
-    assert again.guidance_scale[0] == 1e-4  # the search's smallest number
+    np.testing.assert_array_equal(again.guidance_scale, [1e-4, *made.guidance_scale[1:]])
     assert again.masking == "autonat"
 
 
 def test_clamps_are_the_published_ones():
-    parameters = Parameters(2)
-    low, high = (parameters.clamp(np.full(6, value)) for value in (-1.0, 2.0))
+    low, high = (Parameters(2).clamp(np.full(6, value)) for value in (-1.0, 2.0))
     np.testing.assert_array_equal(low, [0, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4])
     np.testing.assert_array_equal(high, [0.99, 2, 2, 2, 2, 2])
 
 
 @pytest.mark.parametrize("steps", [2, 5])
 def test_what_search_writes_can_be_read_with_the_same_counts(tmp_path, steps):
-    rng = np.random.default_rng(0)
-    parameters = Parameters(steps)
+    rng, parameters = np.random.default_rng(0), Parameters(steps)
     for _ in range(20):
-        numbers = parameters.clamp(rng.uniform(-0.2, 1.2, size=parameters.size))
+        numbers = parameters.clamp(rng.uniform(-0.2, 1.2, size=4 * steps - 2))
         write_strategy(parameters.strategy(numbers, 64), tmp_path / "s.yaml")
         for masking in ("enat", "autonat"):
             again = read_strategy(tmp_path / "s.yaml", masking=masking)
             assert again.masked_counts(64) == clipped_counts(numbers[: steps - 1], 64)
-        np.testing.assert_array_equal(again.sampling_temperature,
-                                      numbers[2 * steps - 2 : 3 * steps - 2])  # fmt: skip
+        sampling = numbers[2 * steps - 2 : 3 * steps - 2]
+        np.testing.assert_array_equal(again.sampling_temperature, sampling)
