@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from enat_jax.config_file import limited, make_config, read_config
-from enat_jax.core.strategy import StrategyConfig, make_strategy
+from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.models.autonat.config import AutoNATConfig
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.tokenizers.config import DiscriminatorConfig, VQGANConfig

@@ -10,7 +10,8 @@ from jaxtyping import Array, Int, PyTree, Shaped
 
 from enat_jax.config import Config
 from enat_jax.core.generate import Layout, TracedStrategy, generate, image_noise, plan_generation
-from enat_jax.core.strategy import GenerationStrategy, make_strategy
+from enat_jax.core.schedules import make_strategy
+from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.models.flops import step_flops
 from enat_jax.models.layers import cast_kernels

@@ -29,7 +29,8 @@ from enat_jax.core.generate import (
 from enat_jax.core.network import Network
 from enat_jax.core.orders import ORDERS
 from enat_jax.core.plans import Plan, generation_plans
-from enat_jax.core.strategy import GenerationStrategy, StrategyConfig, make_strategy
+from enat_jax.core.schedules import StrategyConfig, make_strategy
+from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.models.flops import step_flops
 from enat_jax.sampling.sampler import Sampler
 from tests.support.golden import GOLDEN, enat_from, golden_enat_config

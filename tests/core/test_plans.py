@@ -11,7 +11,7 @@ from enat_jax.core.plans import (
     padding,
     training_plans,
 )
-from enat_jax.core.strategy import StrategyConfig, make_strategy
+from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.models.enat.network import ENATConfig
 from enat_jax.models.flops import step_flops
 

@@ -5,16 +5,15 @@ import numpy as np
 import pytest
 import yaml
 
-from enat_jax.core.strategy import (
+from enat_jax.core.schedules import (
     SCHEDULES,
-    GenerationStrategy,
     StrategyConfig,
-    clip_ratios,
-    clipped_counts,
     make_strategy,
     read_strategy,
     write_strategy,
 )
+from enat_jax.core.strategy import GenerationStrategy, clipped_counts
+from enat_jax.experiments.search.parameters import clip_ratios
 
 PUBLISHED = pathlib.Path(__file__).parents[2] / "configs/strategies/autonat_l_256_t8.yaml"
 FIELDS = ("mask_ratio", "choice_temperature", "sampling_temperature", "guidance_scale")

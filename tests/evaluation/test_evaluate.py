@@ -6,7 +6,7 @@ import pytest
 
 from enat_jax.__main__ import main
 from enat_jax.config import override_config
-from enat_jax.core.strategy import StrategyConfig, make_strategy, write_strategy
+from enat_jax.core.schedules import StrategyConfig, make_strategy, write_strategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation import evaluate as job
 from enat_jax.evaluation import objective

@@ -13,7 +13,7 @@ from enat_jax.config import load_config
 from enat_jax.core.generate import generate, plan_generation
 from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan, generation_plans
-from enat_jax.core.strategy import StrategyConfig, make_strategy
+from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.enat.flops import modulation_flops, paper_gflops
 from enat_jax.models.flops import generation_flops, step_flops, training_flops

@@ -9,7 +9,7 @@ import pytest
 
 import enat_jax
 from enat_jax.config import Config, SampleConfig, TokenizerConfig
-from enat_jax.core.strategy import StrategyConfig
+from enat_jax.core.schedules import StrategyConfig
 from enat_jax.errors import UserError
 from enat_jax.models.enat.network import ENATConfig
 from enat_jax.parallel.placement import MeshConfig, Placement

@@ -6,7 +6,7 @@ from typing import Any
 
 from enat_jax.config import ObjectiveConfig, SampleConfig
 from enat_jax.config_file import did_you_mean, limited
-from enat_jax.core.strategy import StrategyConfig
+from enat_jax.core.schedules import StrategyConfig
 from enat_jax.errors import UserError
 
 SECTIONS = {

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from enat_jax.checkpoints.digests import weights_digest
-from enat_jax.core.strategy import read_strategy, write_strategy
+from enat_jax.core.schedules import read_strategy, write_strategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation.objective import make_objective
 from enat_jax.experiments.search.config import SearchConfig

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from enat_jax.core.strategy import GenerationStrategy, clip_ratios
+from enat_jax.core.strategy import GenerationStrategy, clipped_counts
 
 _LARGEST_RATIO = 0.99  # of the searched ones; a probe may go on to 1
 _SMALLEST = 1e-4  # of all other numbers
@@ -64,7 +64,7 @@ class Parameters:
 
         Mask ratios of the search may rise, and the rule clips them; a strategy's may not. So
         a ratio that is clipped at `length` tokens is written as what it is clipped to (see
-        `strategy.clip_ratios`), and every other number as it is.
+        `clip_ratios`), and every other number as it is.
         """
         t = self.steps
         ratios, choice, sampling, guidance = np.split(numbers, [t - 1, 2 * t - 2, 3 * t - 2])
@@ -75,3 +75,26 @@ class Parameters:
             guidance_scale=guidance,
             masking="autonat",
         )
+
+
+def clip_ratios(ratios: np.ndarray, length: int) -> np.ndarray:
+    """Ratios that do not rise and leave AutoNAT's counts as they are, all steps' `[t]`.
+
+    A searched ratio may exceed the one before it, where the rule clips the count. Such a ratio is
+    replaced by the smallest one of its clipped count, and the others are kept: both rules read the
+    same counts from the result.
+
+    Args:
+        ratios: of all steps but the last.
+        length: tokens per image.
+    """
+    clipped = [float(ratio) for ratio in ratios]
+    for step, count in enumerate(clipped_counts(ratios, length)[:-1]):
+        if int(np.floor(length * clipped[step])) != count:
+            ratio = count / length
+            while np.floor(length * ratio) < count:  # a quotient rounded down
+                ratio = np.nextafter(ratio, 1.0)
+            clipped[step] = float(ratio)
+        elif step:  # one token is left, and no fewer can be
+            clipped[step] = min(clipped[step], clipped[step - 1])
+    return np.array([*clipped, 0.0])

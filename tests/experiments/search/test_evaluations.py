@@ -4,7 +4,7 @@ import functools
 import numpy as np
 import pytest
 
-from enat_jax.core.strategy import write_strategy
+from enat_jax.core.schedules import write_strategy
 from enat_jax.evaluation.objective import ObjectiveConfig, make_objective
 from enat_jax.experiments.search.config import SearchConfig, SgdConfig
 from enat_jax.experiments.search.evaluations import Evaluations

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import yaml
 
-from enat_jax.core.strategy import clipped_counts, read_strategy
+from enat_jax.core.schedules import read_strategy
+from enat_jax.core.strategy import clipped_counts
 from enat_jax.errors import UserError
 from enat_jax.experiments.search import loop
 from enat_jax.experiments.search.parameters import Parameters

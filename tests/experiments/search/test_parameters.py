@@ -1,13 +1,8 @@
 import numpy as np
 import pytest
 
-from enat_jax.core.strategy import (
-    StrategyConfig,
-    clipped_counts,
-    make_strategy,
-    read_strategy,
-    write_strategy,
-)
+from enat_jax.core.schedules import StrategyConfig, make_strategy, read_strategy, write_strategy
+from enat_jax.core.strategy import clipped_counts
 from enat_jax.experiments.search.parameters import Parameters
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from enat_jax.core.strategy import read_strategy
+from enat_jax.core.schedules import read_strategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation.objective import ObjectiveConfig
 from enat_jax.experiments.search import loop, training

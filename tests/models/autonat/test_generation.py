@@ -10,7 +10,8 @@ from flax import nnx
 from enat_jax.config import Config, SampleConfig, TokenizerConfig
 from enat_jax.convert.verify import verify
 from enat_jax.core.generate import plan_generation
-from enat_jax.core.strategy import GenerationStrategy, StrategyConfig, make_strategy
+from enat_jax.core.schedules import StrategyConfig, make_strategy
+from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.models.flops import step_flops
 from enat_jax.parallel.placement import MeshConfig
 from enat_jax.sampling.sampler import Sampler
