@@ -95,7 +95,7 @@ def _tpu_slices(topology: str, version: str, sides: list[int], slices: int) -> S
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"topology {topology!r} needs libtpu, TPUs' compiler, which is not installed:"
-            ' pip install "enat_jax[tpu]"'
+            ' pip install -e ".[tpu]"'
         )
     for name, value in _ONLY_COMPILE.items():
         os.environ.setdefault(name, value)
@@ -110,7 +110,7 @@ def _gpu_nodes(topology: str, gpu: str, nodes: int, per_node: int) -> Sequence[A
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise UserError(
             f"topology {topology!r} needs jax's CUDA plugin, GPUs' compiler, which is not"
-            ' installed: pip install "enat_jax[gpu]"'
+            ' installed: pip install -e ".[gpu]"'
         )
     name, capability, device, memory, bandwidth = _GPUS[gpu]
     device = device | {"device_memory_size": memory, "memory_bandwidth": bandwidth}
