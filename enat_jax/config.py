@@ -426,9 +426,6 @@ def config_from_dict(fields: Mapping[str, Any], overrides: Sequence[str] = ()) -
     return make_config(Config, fields, overrides)
 
 
-override_config = config_from_dict  # what it is called where there are overrides
-
-
 def load_tokenizer_config(path: str, overrides: Sequence[str] = ()) -> TokenizerRunConfig:
     """The config of a VQGAN's training run, read as `load_config` does."""
     return read_config(TokenizerRunConfig, path, overrides)

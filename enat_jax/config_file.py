@@ -28,7 +28,6 @@ from ml_collections import ConfigDict
 from enat_jax.errors import UserError
 
 T = TypeVar("T")
-ConfigError = UserError  # what it was called
 
 _LIMITS = {
     "at_least": operator.ge,

@@ -10,7 +10,8 @@ from flax import nnx
 from enat_jax.checkpoints.digests import weights_digest
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.config import TokenizerConfig
-from enat_jax.config_file import ConfigError, make_config
+from enat_jax.config_file import make_config
+from enat_jax.errors import UserError
 from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.pixels import Pixels
 from enat_jax.tokenizers.protocol import Tokenizer
@@ -38,7 +39,7 @@ def load_tokenizer(
         return Pixels(codebook_size)
     vqgan, params = load_vqgan(cfg.weights, dtype=cfg.dtype, placement=placement)
     if codebook_size not in (0, vqgan.codebook_size):
-        raise ConfigError(
+        raise UserError(
             f"config: model.codebook_size = {codebook_size}, the VQGAN in {cfg.weights} has"
             f" {vqgan.codebook_size}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from enat_jax.cli import host_flags
-from enat_jax.cli.shared_flags import generates
+from enat_jax.cli.shared_flags import generates, restored
 from enat_jax.errors import UserError
 
 
@@ -25,16 +25,11 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     host_flags.connect(args)
     import numpy as np
 
-    from enat_jax.config import override_config
     from enat_jax.data import pictures as images
-    from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.parallel.hosts import is_primary
-    from enat_jax.sampling.sampler import load
+    from enat_jax.sampling.sampler import sampler_of
 
-    keep_compiled_programs()
-    sampler = load(
-        args.workdir, step=args.step, overrides=lambda fields: override_config(fields, overrides)
-    )
+    sampler = sampler_of(restored(args, overrides))
     try:
         classes = [int(text) for text in args.classes]
     except ValueError as error:

@@ -1,5 +1,8 @@
 """The flags that several verbs share."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from absl import flags
 
 flags.disclaim_key_flags()  # help lists them as the verb's own
@@ -18,3 +21,15 @@ def generates(values: flags.FlagValues, *, seed: bool = True, **needed: str) -> 
                          flag_values=values)  # fmt: skip
     if seed:
         flags.DEFINE_integer("seed", 0, "of the noise", 0, 2**32 - 1, flag_values=values)
+
+
+def restored(args: flags.FlagValues, overrides: Sequence[str]) -> Any:
+    """The run (a `sampler.Restored`) that `generates`' flags name, its config overridden."""
+    from enat_jax.config import config_from_dict
+    from enat_jax.parallel.compilation import keep_compiled_programs
+    from enat_jax.sampling.sampler import restore
+
+    keep_compiled_programs()
+    return restore(
+        args.workdir, step=args.step, overrides=lambda fields: config_from_dict(fields, overrides)
+    )

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from enat_jax.cli.shared_flags import generates
+from enat_jax.cli.shared_flags import generates, restored
 
 
 def define(values: flags.FlagValues) -> None:
@@ -14,17 +14,10 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    from enat_jax.config import override_config
     from enat_jax.experiments.similarity import similarity
-    from enat_jax.parallel.compilation import keep_compiled_programs
-    from enat_jax.sampling.sampler import restore
 
-    keep_compiled_programs()
-    restored = restore(
-        args.workdir, step=args.step, overrides=lambda fields: override_config(fields, overrides)
-    )
     similarity(
-        restored,
+        restored(args, overrides),
         args.out,
         images=args.images,
         samples=args.samples,

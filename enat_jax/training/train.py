@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from enat_jax.checkpoints.tokenizer import load_tokenizer
 from enat_jax.config import Config
-from enat_jax.config_file import ConfigError
 from enat_jax.data.batches import RecordInfo, record_info, training_batches
+from enat_jax.errors import UserError
 from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
 from enat_jax.training.loop import training_loop
@@ -60,7 +60,7 @@ def train(
     placement = Placement.of(config.mesh)
     tokenizer = load_tokenizer(config.tokenizer, model.codebook_size, placement)
     if tokenizer is not None and info.tokenizer_digest not in ("", tokenizer.digest):
-        raise ConfigError(
+        raise UserError(
             f"config: tokenizer.weights = {config.tokenizer.weights!r} has digest"
             f" {tokenizer.digest[:12]}, the records {config.data.name} were made with"
             f" {info.tokenizer_digest[:12]}"
@@ -89,4 +89,4 @@ def _check_records(config: Config, info: RecordInfo) -> None:
         if ours != theirs and (name, ours) != ("tokenizer.name", "none")
     ]
     if wrong:
-        raise ConfigError(f"config does not fit the records {config.data.name}: {'; '.join(wrong)}")
+        raise UserError(f"config does not fit the records {config.data.name}: {'; '.join(wrong)}")

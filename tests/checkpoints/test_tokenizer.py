@@ -10,7 +10,7 @@ from enat_jax.checkpoints.digests import weights_digest
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import load_tokenizer, load_vqgan
 from enat_jax.config import TokenizerConfig
-from enat_jax.config_file import ConfigError
+from enat_jax.errors import UserError
 from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.tokenizers.pixels import Pixels
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig, VQGANTokenizer, abstract_vqgan
@@ -87,7 +87,7 @@ def test_the_digest_is_the_same_on_every_version_and_machine():
 
 
 def test_what_is_no_fitting_vqgan_is_refused(workdir, params, tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.codebook_size = 9, the VQGAN .* has 7"):
+    with pytest.raises(UserError, match=r"model\.codebook_size = 9, the VQGAN .* has 7"):
         load_tokenizer(config(workdir), 9)
     with pytest.raises(CheckpointError, match=r"tokenizer\.weights = .* is no workdir of a V"):
         load_vqgan(tmp_path)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from enat_jax import load
 from enat_jax.__main__ import main
-from enat_jax.config import override_config
+from enat_jax.config import config_from_dict
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -70,7 +70,7 @@ def test_images_are_decoded_by_the_vqgan_at_its_resolution(made):
 def test_pixels_do_not_depend_on_the_batch(made):
     def sample(size):
         sized = [f"sample.batch_size={size}", "sample.decode_batch_size=2"]
-        model = load(made[0] / "run", overrides=lambda fields: override_config(fields, sized))
+        model = load(made[0] / "run", overrides=lambda fields: config_from_dict(fields, sized))
         return model.sample([0, 1, 2, 0, 1])
 
     np.testing.assert_array_equal(sample(4), sample(3))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from enat_jax.__main__ import main
-from enat_jax.config import override_config
+from enat_jax.config import config_from_dict
 from enat_jax.core.schedules import StrategyConfig, make_strategy, write_strategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation import evaluate as job
@@ -36,7 +36,7 @@ def small(monkeypatch, tmp_path):
 def restored(trained, folder, *overrides):
     mine = [f"evaluate.inception={folder / 'inception.pth'}", f"evaluate.num_images={IMAGES}",
             f"evaluate.reference={folder / 'reference.npz'}", *overrides]  # fmt: skip
-    return restore(trained, overrides=lambda fields: override_config(fields, mine))
+    return restore(trained, overrides=lambda fields: config_from_dict(fields, mine))
 
 
 @pytest.fixture

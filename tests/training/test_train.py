@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from enat_jax.config_file import ConfigError
 from enat_jax.errors import UserError
 from enat_jax.models.flops import training_flops
 from enat_jax.parallel.accelerators import Accelerator
@@ -92,7 +91,7 @@ def test_records_that_do_not_fit_are_refused_before_anything_is_written(tiny_con
     config = tiny_config(
         "tokenizer.grid=(4, 16)", "model.codebook_size=18", "model.num_classes=11",
     )  # fmt: skip
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         train(config, tmp_path / "run")
     assert str(caught.value).endswith(
         "tokenizer.grid = (4, 16), the records have (8, 8); model.codebook_size = 18, the records"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import enat_jax
-from enat_jax.config import override_config
+from enat_jax.config import config_from_dict
 from enat_jax.config_file import make_config
 from enat_jax.errors import UserError
 from enat_jax.experiments.ablate import loop
@@ -157,7 +157,7 @@ def test_fields_of_the_network_that_leave_its_weights_alone_are_compared(trained
     run(tmp_path, trained, grid=grid, seeds=(0,))
     made = {row["reproject"]: float(row["checksum"]) for row in rows(tmp_path)}
     once = enat_jax.load(
-        trained, overrides=lambda fields: override_config(fields, ["model.reproject=False"])
+        trained, overrides=lambda fields: config_from_dict(fields, ["model.reproject=False"])
     )
     assert made["False"] == scored(once, 0, steps=4)
     assert made["True"] != made["False"]

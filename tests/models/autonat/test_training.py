@@ -9,8 +9,8 @@ from flax import nnx
 
 import enat_jax
 from enat_jax.config import load_config
-from enat_jax.config_file import ConfigError
 from enat_jax.core.plans import Plan
+from enat_jax.errors import UserError
 from enat_jax.models.autonat.network import AutoNATConfig
 from enat_jax.models.networks import abstract_params
 from enat_jax.training.step import Draws, row_loss
@@ -126,7 +126,7 @@ def test_a_finished_run_gives_images(finished):
 
 
 def test_reused_features_are_refused(config):
-    with pytest.raises(ConfigError, match=r"reuse_probability = 0\.5 must be 0 for a network that"):
+    with pytest.raises(UserError, match=r"reuse_probability = 0\.5 must be 0 for a network that"):
         config("train.reuse_probability=0.5")
 
 
