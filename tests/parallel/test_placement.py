@@ -188,7 +188,7 @@ class TestPolicies:
         x = jnp.arange(12.0).reshape(2, 2, 3)
         for how in ("rows", "columns", "whole"):
             assert (placement.activations(x, how) == x).all()
-        block = Block(8, 2, 2.0, dtype=jnp.dtype("float32"), attention="xla", rngs=nnx.Rngs(0))
+        block = Block(ENATConfig(width=8, num_heads=2), reads_context=True, rngs=nnx.Rngs(0))
         graphdef, state = nnx.split(block)
 
         def loss(state, placement):

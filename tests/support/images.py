@@ -37,7 +37,7 @@ def numbered(count, broken=()):
     def data(index):
         values = np.full((8, 8, 3), index, np.uint8)
         values[:, 4:] = 200
-        return encoded(Image.fromarray(values))[: 60 if index in broken else None]
+        return encoded(Image.fromarray(values))[: 45 if index in broken else None]
 
     return ImageSource("numbers", "", ("even", "odd"), count, lambda i: i % 2, str, data)
 

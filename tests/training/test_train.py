@@ -71,7 +71,7 @@ def test_flops_are_images_times_the_formula_and_mfu_their_share_of_all_devices(
     flops = np.mean([training_flops(programs.config.model, plans) for plans in programs.plans])
     assert summary["teraflops_per_second"] == pytest.approx(flops)
     assert "mfu" not in summary  # nobody specifies a CPU's peak
-    card = Accelerator("card", ("cpu",), 8e12, 1, 1.0, 1.0)
+    card = Accelerator("card", ("cpu",), 8e12, 1)
     monkeypatch.setattr(programs_module, "accelerator_of", {"cpu": card}.get)
     assert programs.summary(4, images_per_second=1e12)["mfu"] == pytest.approx(flops / 8)
 

@@ -81,5 +81,5 @@ def test_all_that_cannot_be_is_named_at_once(run, tmp_path):
 def test_a_point_without_a_run_and_an_objective_that_cannot_be_are_named(run):
     with pytest.raises(UserError, match="point 'one' has no run: give --workdir"):
         points(None, named={"one": {"strategy": {"steps": 4}}})
-    with pytest.raises(UserError, match=f"{run}: objective.name = 'digits' judges models of 64"):
+    with pytest.raises(UserError, match=f"{run}: objective.name = 'digits' scores models of 64"):
         points(run, named={"one": {}}, objective={"name": "digits"})
