@@ -1,7 +1,6 @@
 """The scores that a config can ask for, by name."""
 
 import importlib
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -40,11 +39,6 @@ def evaluated(generator: Config, placement: Placement) -> list[Objective]:
     cfg = generator.evaluate
     outputs = ("floats", "uint8") if cfg.protocol == "both" else (cfg.protocol,)
     return _objectives("evaluate.metrics", cfg.metrics, cfg, outputs, generator, placement)
-
-
-def is_finite(scores: dict[str, float]) -> bool:
-    """Whether the score to be minimised is a finite number."""
-    return math.isfinite(next(iter(scores.values())))
 
 
 def _objectives(

@@ -31,7 +31,6 @@ from tests.support.recorded_autonat import recorded_autonat, recorded_config
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GUIDED = StrategyConfig(steps=4, masking="autonat")
-UNGUIDED = StrategyConfig(steps=4, masking="autonat", guidance_scale=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +87,6 @@ def generation(model, cfg, buckets, image_ids):
 def together(autonat):
     """Eight images by strategy, each of whose steps has a body of its own."""
     return functools.cache(lambda cfg: generation(autonat, cfg, 4, range(8)))
-
-
-@pytest.mark.parametrize("cfg", [GUIDED, UNGUIDED], ids=["guided", "unguided"])
-@pytest.mark.parametrize("buckets", [2, 1])
-def test_exact_and_bucketed_sampling_agree(autonat, together, cfg, buckets):
-    layout, _ = planned(cfg, buckets)
-    assert len(layout.buckets) == buckets
-    assert not all(bucket.exact for bucket in layout.buckets)
-    assert_same_images(generation(autonat, cfg, buckets, range(8)).ids, together(cfg))
 
 
 def test_another_strategy_runs_in_the_same_program(autonat):
