@@ -39,9 +39,9 @@ def test_a_slice_of_an_impossible_shape_is_refused(name):
 
 def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'libtpu.*pip install "enat_jax\[tpu\]"'):
+    with pytest.raises(UserError, match=r'libtpu.*pip install -e "\.\[tpu\]"'):
         describe("v5e:4x4")
-    with pytest.raises(UserError, match=r'CUDA plugin.*pip install "enat_jax\[gpu\]"'):
+    with pytest.raises(UserError, match=r'CUDA plugin.*pip install -e "\.\[gpu\]"'):
         describe("h100x8")
 
 
