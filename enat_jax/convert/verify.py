@@ -268,7 +268,7 @@ def _generate(
         tokens = jnp.take_along_axis(token_noise[step], positions[..., None], axis=1)
         return tokens, jnp.take_along_axis(choice_noise[step], positions, axis=1)
 
-    return generate(model, class_ids, strategy, noise, layout=layout, record=True)
+    return generate(model, class_ids, strategy, noise, layout=layout)
 
 
 def _vqgan(model: VQGAN, recorded: Arrays) -> Replayed:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -179,9 +180,10 @@ def generate(
     noise: Noise,
     *,
     layout: Layout,
-    record: bool = False,
 ) -> tuple[Int[Array, "b l"], list[StepRecord]]:
-    """Generates the token ids of images, in raster order.
+    """Generates the token ids of images, in raster order, and per bucket its steps' records.
+
+    A jitted caller that does not return the records pays nothing for them.
 
     Args:
         network: predicts masked tokens.
@@ -189,10 +191,6 @@ def generate(
         strategy: the strategy's traced numbers.
         noise: standard Gumbel noise per step and position.
         layout: the strategy's static shapes.
-        record: also return what every step decided.
-
-    Returns:
-        Token ids, and per bucket its steps' records stacked (empty unless `record`).
     """
     batch = jax.tree.leaves(condition)[0].shape[0]
     branches = 2 if any(bucket.guided for bucket in layout.buckets) else 1
@@ -221,19 +219,13 @@ def generate(
     for bucket in layout.buckets:
         steps = jax.tree.map(lambda x, a=first, b=bucket: x[a : a + len(b.plans)], strategy)
         first += len(bucket.plans)
-
-        def body(
-            state: State, step: TracedStrategy, bucket: Bucket = bucket
-        ) -> tuple[State, StepRecord | None]:
-            return _step(network, embedded, state, step, noise, bucket, branches, record)
-
+        body = partial(_step, network, embedded, noise, bucket, branches)
         if len(bucket.plans) == 1:
-            state, recorded = body(state, jax.tree.map(lambda x: x[0], steps))
-            recorded = jax.tree.map(lambda x: x[None], recorded)
+            state, record = body(state, jax.tree.map(lambda x: x[0], steps))
+            record = jax.tree.map(lambda x: x[None], record)
         else:
-            state, recorded = jax.lax.scan(body, state, steps)
-        if recorded is not None:
-            records.append(recorded)
+            state, record = jax.lax.scan(body, state, steps)
+        records.append(record)
 
     where = jnp.argsort(state.order[:, : layout.length], axis=1)
     return jnp.take_along_axis(state.token_ids, where, axis=1), records
@@ -242,13 +234,12 @@ def generate(
 def _step(
     network: Network,
     condition: PyTree,
-    state: State,
-    step: TracedStrategy,
     noise: Noise,
     bucket: Bucket,
     branches: int,
-    record: bool,
-) -> tuple[State, StepRecord | None]:
+    state: State,
+    step: TracedStrategy,
+) -> tuple[State, StepRecord]:
     """Predicts the masked tokens, samples them, and reveals the most confident ones."""
     shape = bucket.shape
     counts: Any = None if bucket.exact else Plan(*cast(Any, (step.previous, step.new, step.masked)))
@@ -295,8 +286,6 @@ def _step(
         order=put(state.order, ranked, visible, axis=1),
         token_ids=put(state.token_ids, ranked_ids, visible, axis=1),
     )
-    if not record:
-        return state, None
     return state, StepRecord(
         positions, log_probs, conditional, unconditional, sampled, confidence, state.order
     )

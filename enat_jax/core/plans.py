@@ -37,20 +37,12 @@ def generation_plans(
     Raises:
         ValueError: counts that increase, leave a step nothing to predict, or do not end at 0.
     """
-    before = [length, *(int(count) for count in masked_counts)]
-    if before[-1] != 0 or any(later > earlier for earlier, later in itertools.pairwise(before)):
-        raise ValueError(f"masked counts {before} must not increase and must end at 0")
-    if 0 in before[:-1]:
-        raise ValueError(
-            f"masked counts {before} reach 0 before the last of {len(before) - 1} steps"
-        )
-    plans = []
-    previous = 0
-    for masked in before[:-1]:
-        plans.append(Plan(previous, length - masked - previous, masked))
-        if reuse:
-            previous = length - masked
-    return tuple(plans)
+    masked = [length, *(int(count) for count in masked_counts)]
+    if masked != sorted(masked, reverse=True) or masked[-1] != 0 or 0 in masked[:-1]:
+        raise ValueError(f"masked counts {masked} must not increase, and be 0 after the last step")
+    visible = [length - count for count in masked[:-1]]
+    previous = [0, *visible[:-1]] if reuse else [0] * len(visible)
+    return tuple(Plan(p, v - p, length - v) for p, v in zip(previous, visible, strict=True))
 
 
 def training_plans(
@@ -116,15 +108,16 @@ class Bucket:
     shape: Plan
     guided: bool
 
+    @classmethod
+    def around(cls, plans: Sequence[Plan], guided: Sequence[bool]) -> "Bucket":
+        """The smallest bucket of these steps."""
+        shape = Plan(*(max(counts) for counts in zip(*plans, strict=True)))
+        return cls(tuple(plans), shape, any(guided))
+
     @property
     def exact(self) -> bool:
         """Whether no step of the bucket is padded."""
         return all(plan == self.shape for plan in self.plans)
-
-
-def _bucket(plans: Sequence[Plan], guided: Sequence[bool]) -> Bucket:
-    shape = Plan(*(max(counts) for counts in zip(*plans, strict=True)))
-    return Bucket(tuple(plans), shape, any(guided))
 
 
 def group_into_buckets(
@@ -154,14 +147,14 @@ def group_into_buckets(
     if buckets is not None and buckets < 1:
         raise ValueError(f"buckets is {buckets}, must be at least 1")
     if (buckets or 0) >= steps or (buckets is None and steps <= exact_steps):
-        return tuple(_bucket([p], [g]) for p, g in zip(plans, guided, strict=True))
+        return tuple(Bucket.around([p], [g]) for p, g in zip(plans, guided, strict=True))
 
     span = np.full((steps, steps + 1), np.inf)  # span[i, j]: padded cost of steps i..j-1 together
     for i in range(steps):
-        shape, needs_guidance = plans[i], guided[i]
+        shape, needs_guidance = plans[i], False
         for j in range(i + 1, steps + 1):
             shape = Plan(*map(max, shape, plans[j - 1]))
-            needs_guidance = needs_guidance or guided[j - 1]
+            needs_guidance |= guided[j - 1]
             span[i, j] = (j - i) * cost(shape) * (2 if needs_guidance else 1)
     exact_cost = sum(span[i, i + 1] for i in range(steps))
 
@@ -179,14 +172,4 @@ def group_into_buckets(
     for cut in reversed(cuts):
         ends.append(int(cut[ends[-1]]))
     ends.reverse()
-    return tuple(_bucket(plans[i:j], guided[i:j]) for i, j in itertools.pairwise(ends))
-
-
-def padding(buckets: Sequence[Bucket], cost: Callable[[Plan], float]) -> float:
-    """Extra FLOPs that the buckets' padding costs, as a fraction of the exact FLOPs."""
-    padded = exact = 0.0
-    for bucket in buckets:
-        branches = 2 if bucket.guided else 1
-        padded += branches * len(bucket.plans) * cost(bucket.shape)
-        exact += branches * sum(cost(plan) for plan in bucket.plans)
-    return padded / exact - 1
+    return tuple(Bucket.around(plans[i:j], guided[i:j]) for i, j in itertools.pairwise(ends))

@@ -135,34 +135,21 @@ def read_strategy(
 
 
 def _strategy(content: Any, steps: int | None, masking: Masking) -> GenerationStrategy:
-    keys = ", ".join(_YAML_KEYS)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"must hold {keys}, not {content!r}")
-    problems = [f"unknown key {key!r}" for key in content if key not in _YAML_KEYS]
-    problems += [f"no key {key!r}" for key in _YAML_KEYS if key not in content]
-    if problems:
-        raise ValueError(f"{'; '.join(problems)}; keys must be {keys}")
+    if not isinstance(content, Mapping) or set(content) != set(_YAML_KEYS):
+        keys = list(content) if isinstance(content, Mapping) else content
+        raise ValueError(f"must have the keys {', '.join(_YAML_KEYS)} and no others, not {keys!r}")
     arrays = {}
     for key, name in _YAML_KEYS.items():
         try:
             arrays[name] = np.asarray(content[key], np.float64).reshape(-1)
-        except (TypeError, ValueError):
-            problems.append(f"{key} = {content[key]} must be a list of numbers")
-    if problems:
-        raise ValueError("; ".join(problems))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key} = {content[key]} must be a list of numbers") from error
     count = len(arrays["sampling_temperature"])
-    for key, name in _YAML_KEYS.items():
-        may_end_early = name in _LAST_IS_ZERO
-        if may_end_early and len(arrays[name]) == count - 1:
+    for name in _LAST_IS_ZERO:
+        if len(arrays[name]) == count - 1:
             arrays[name] = np.append(arrays[name], 0.0)
-        elif len(arrays[name]) != count:
-            fits = f"{count - 1} or {count}" if may_end_early else f"{count}"
-            problems.append(f"{key} has {len(arrays[name])} values, must have {fits} as"
-                            f" manual_samp_temp has {count}")  # fmt: skip
-    if not problems and steps not in (None, count):
-        problems.append(f"has {count} steps, but strategy.steps = {steps}")
-    if problems:
-        raise ValueError("; ".join(problems))
+    if steps not in (None, count):
+        raise ValueError(f"has {count} steps, but strategy.steps = {steps}")
     return GenerationStrategy(**arrays, masking=masking)
 
 

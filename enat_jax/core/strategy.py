@@ -6,7 +6,12 @@ from typing import Literal
 import numpy as np
 
 Masking = Literal["enat", "autonat"]
-_ARRAYS = ("mask_ratio", "choice_temperature", "sampling_temperature", "guidance_scale")
+_IN_RANGE = {
+    "mask_ratio": ("within [0, 1]", lambda x: (x >= 0) & (x <= 1)),
+    "choice_temperature": (">= 0", lambda x: x >= 0),
+    "sampling_temperature": ("> 0", lambda x: x > 0),
+    "guidance_scale": (">= 0", lambda x: x >= 0),
+}
 
 
 @dataclass(frozen=True)
@@ -34,46 +39,25 @@ class GenerationStrategy:
     priority: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        arrays = {name: np.asarray(getattr(self, name), np.float64) for name in _ARRAYS}
-        for name, array in arrays.items():
+        problems, shapes = [], {}
+        for name, (limits, in_range) in _IN_RANGE.items():
+            array = np.asarray(getattr(self, name), np.float64)
             object.__setattr__(self, name, array)
-        problems = [
-            f"{name} must be finite, not {array.tolist()}"
-            for name, array in arrays.items()
-            if not np.all(np.isfinite(array))
-        ]
-        lengths = {name: array.shape for name, array in arrays.items()}
-        if len(set(lengths.values())) > 1 or self.mask_ratio.ndim != 1 or not self.mask_ratio.size:
-            problems.append(f"arrays must all be of one length, not {lengths}")
-        elif not problems:
-            problems += self._ratio_problems()
-        if np.any(self.sampling_temperature <= 0):
-            problems.append(
-                f"sampling_temperature must be > 0, not {self.sampling_temperature.tolist()}"
-            )
-        for name in ("choice_temperature", "guidance_scale"):
-            if np.any(arrays[name] < 0):
-                problems.append(f"{name} must be >= 0, not {arrays[name].tolist()}")
+            shapes[name] = array.shape
+            if not np.all(np.isfinite(array) & in_range(array)):
+                problems.append(f"{name} must be finite and {limits}, not {array.tolist()}")
+        ratio = self.mask_ratio
+        if len(set(shapes.values())) > 1 or ratio.ndim != 1 or not ratio.size:
+            problems.append(f"arrays must all be of one length, not {shapes}")
+        elif ratio[-1] != 0:
+            problems.append(f"mask_ratio must end at 0, not {ratio[-1]:.6g}")
+        elif rises := list(np.flatnonzero(np.diff(ratio) > 0)):
+            problems.append(f"mask_ratio must not rise, but is {ratio[rises[0] + 1]:.6g} at step"
+                            f" {rises[0] + 2} after {ratio[rises[0]]:.6g}")  # fmt: skip
         if self.masking not in ("enat", "autonat"):
             problems.append(f"masking = {self.masking!r} must be 'enat' or 'autonat'")
         if problems:
             raise ValueError("generation strategy: " + "; ".join(problems))
-
-    def _ratio_problems(self) -> list[str]:
-        ratio = self.mask_ratio
-        problems = []
-        if ratio.min() < 0 or ratio.max() > 1:
-            problems.append(f"mask_ratio must be within [0, 1], not {ratio.tolist()}")
-        rises = np.flatnonzero(np.diff(ratio) > 0)
-        if rises.size and rises[0] + 2 < len(ratio):
-            at = rises[0] + 1
-            problems.append(
-                f"mask_ratio must not rise, but is {ratio[at]:.6g} at step {at + 1} after"
-                f" {ratio[at - 1]:.6g}"
-            )
-        if ratio[-1] != 0:
-            problems.append(f"mask_ratio must end at 0, not {ratio[-1]:.6g}")
-        return problems
 
     @property
     def steps(self) -> int:

@@ -266,7 +266,6 @@ def _compare(
         traced,
         noise,
         layout=layout,
-        record=True,
     )
     order = records[-1].order[-1][:, : cfg.length]
     plans = [plan for bucket in layout.buckets for plan in bucket.plans]

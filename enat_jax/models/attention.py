@@ -58,22 +58,6 @@ def attend(
     return out.astype(q.dtype)
 
 
-def split_images(
-    x: Float[Array, "b n h c"], blocks: Sequence[Sequence[int]]
-) -> list[list[Float[Array, "b k h c"]]]:
-    """Cuts an axis made of blocks, each block image after image, into the parts of each image.
-
-    One split instead of many slices: its backward pass is one concatenation. Empty parts are left
-    out.
-    """
-    counts = [count for block in blocks for count in block]
-    parts: list[list[Array]] = [[] for _ in blocks[0]]
-    for index, part in enumerate(jax.lax.split(x, counts, axis=1)):
-        if part.shape[1]:
-            parts[index % len(parts)].append(part)
-    return parts
-
-
 class SelfCrossAttention(nnx.Module):
     """SC-attention (ENAT section 4.1): keys and values of context and own tokens side by side.
 
@@ -120,28 +104,30 @@ class SelfCrossAttention(nnx.Module):
             sources.append((self.context_key_value(context), segments.context))
         if self.own_key_value is not None:
             sources.append((self.own_key_value(own), [segments.own]))
-        keys: list[list[Array]] = [[] for _ in segments.own]
-        values: list[list[Array]] = [[] for _ in segments.own]
+        read: list[list[list[Array]]] = [[[] for _ in segments.own] for _ in ("keys", "values")]
         for key_value, blocks in sources:
-            for parts, both in zip((keys, values), jnp.split(key_value, 2, axis=2), strict=True):
-                for image, own_parts in enumerate(split_images(self._heads(both[:, :, 0]), blocks)):
-                    parts[image] += own_parts
-        queries = split_images(self._heads(self.query(own)), [segments.own])
+            for of_images, x in zip(read, jnp.unstack(key_value, axis=2), strict=True):
+                for of_image, parts in zip(of_images, self._images(x, blocks), strict=True):
+                    of_image += parts
         out = []
-        for image, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
-            if not q:
-                continue
-            if not k:
+        queries = self._images(self.query(own), [segments.own])
+        for image, (q, k, v) in enumerate(zip(queries, *read, strict=True)):
+            if q and k:
+                k, v = jnp.concatenate(k, axis=1), jnp.concatenate(v, axis=1)
+                valid = None if segments.valid is None else segments.valid[image]
+                out.append(attend(q[0], k, v, valid=valid, implementation=self.implementation))
+            elif q:
                 out.append(jnp.zeros_like(q[0]))
-                continue
-            valid = None if segments.valid is None else segments.valid[image]
-            k, v = _concatenate(k), _concatenate(v)
-            out.append(attend(q[0], k, v, valid=valid, implementation=self.implementation))
-        return self.out(rearrange(_concatenate(out), "b n h c -> b n (h c)"))
+        return self.out(rearrange(jnp.concatenate(out, axis=1), "b n h c -> b n (h c)"))
 
-    def _heads(self, x: Float[Array, "b n d"]) -> Float[Array, "b n h c"]:
-        return rearrange(x, "b n (h c) -> b n h c", h=self.num_heads)
+    def _images(
+        self, x: Float[Array, "b n d"], blocks: Sequence[Sequence[int]]
+    ) -> list[list[Float[Array, "b k h c"]]]:
+        """Cuts an axis made of blocks, each image after image, into each image's parts not empty.
 
-
-def _concatenate(parts: list[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        One split instead of many slices: its backward pass is one concatenation.
+        """
+        heads = rearrange(x, "b n (h c) -> b n h c", h=self.num_heads)
+        parts = jax.lax.split(heads, [count for block in blocks for count in block], axis=1)
+        images = len(blocks[0])
+        return [[x for x in parts[i::images] if x.shape[1]] for i in range(images)]

@@ -32,6 +32,12 @@ def generation_flops(cfg: NetworkConfig, buckets: Sequence[Bucket], *, padded: b
     return total
 
 
+def padding(cfg: NetworkConfig, buckets: Sequence[Bucket]) -> float:
+    """Extra FLOPs of the buckets' padding, as a fraction of the exact ones."""
+    padded, exact = (generation_flops(cfg, buckets, padded=padded) for padded in (True, False))
+    return padded / exact - 1
+
+
 def training_flops(cfg: NetworkConfig, plans: Sequence[Plan]) -> float:
     """One image of a training step, averaged over the plans of a row."""
     if isinstance(cfg, AutoNATConfig):

@@ -15,10 +15,9 @@ from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_tokenizer
 from enat_jax.config import Config, config_from_dict
 from enat_jax.core.generate import Layout, TracedStrategy
-from enat_jax.core.plans import padding
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
-from enat_jax.models.flops import generation_flops, step_flops
+from enat_jax.models.flops import generation_flops, padding
 from enat_jax.models.networks import abstract_params
 from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
@@ -76,15 +75,12 @@ class Sampler:
     def describe(self, **strategy: Any) -> str:
         """One line on the plan: steps, buckets, FLOPs per image and what padding adds to them."""
         layout, _ = self.plan(**strategy)
-        exact, padded = (
-            generation_flops(self.config.model, layout.buckets, padded=padded)
-            for padded in (False, True)
-        )
-        extra = padding(layout.buckets, lambda plan: step_flops(self.config.model, plan))
+        flops = generation_flops(self.config.model, layout.buckets, padded=True)
+        extra = padding(self.config.model, layout.buckets)
         return (
             f"{layout.steps} steps in {len(layout.buckets)} compiled bodies,"
-            f" {padded / 1e9:.4g} GFLOP per image"
-            f" ({exact / 1e9:.4g} without padding, which adds {100 * extra:.1f}%)"
+            f" {flops / 1e9:.4g} GFLOP per image"
+            f" ({flops / (1 + extra) / 1e9:.4g} without padding, which adds {100 * extra:.1f}%)"
         )
 
     def batches(

@@ -15,11 +15,10 @@ from flax import nnx
 
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_vqgan
 from enat_jax.config import Config, TokenizerConfig
-from enat_jax.core.plans import padding
 from enat_jax.errors import UserError
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.enat.flops import paper_gflops
-from enat_jax.models.flops import generation_flops, step_flops, training_flops
+from enat_jax.models.flops import generation_flops, padding, training_flops
 from enat_jax.models.networks import make_network
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
@@ -158,7 +157,7 @@ def _bench_sample(sampler: Sampler, images: int, repeats: int) -> dict[str, Any]
         **_measured("sample", config, batch, lowered, lambda run: run(*given), flops, repeats),
         "steps": layout.steps,
         "bodies": len(layout.buckets),
-        "padding": padding(layout.buckets, lambda p: step_flops(config.model, p)),
+        "padding": padding(config.model, layout.buckets),
     }
 
 

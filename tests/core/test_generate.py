@@ -89,7 +89,7 @@ def run(graphdef: Any, params: Any, class_ids, image_ids, strategy: TracedStrate
     """Generates with the noise of key 0, recording every step."""
     model = nnx.merge(graphdef, params)
     noise = image_noise(jax.random.key(0), image_ids, MODEL.codebook_size)
-    return generate(model, class_ids, strategy, noise, layout=layout, record=True)
+    return generate(model, class_ids, strategy, noise, layout=layout)
 
 
 def plan(steps, buckets):
@@ -307,7 +307,7 @@ def ask(network, strategy, *, buckets=None, class_ids=(0, 1)):
     layout, traced = plan_generation(strategy, LENGTH, sum, buckets=buckets)
 
     def go(class_ids):
-        return generate(network, class_ids, traced, silence, layout=layout, record=True)
+        return generate(network, class_ids, traced, silence, layout=layout)
 
     ids, records = jax.jit(go)(jnp.array(class_ids))
     return Generation(np.asarray(ids), cut(records, traced), np.zeros(len(class_ids)))

@@ -49,7 +49,7 @@ def recorded(case):
         network, class_ids = sampler.program.network(params), jnp.arange(2)
         noise = image_noise(jax.random.key(3), jnp.arange(2), network.cfg.codebook_size)
         token_ids, records = generate(
-            network, class_ids, traced, noise, layout=layout, record=True,
+            network, class_ids, traced, noise, layout=layout,
         )  # fmt: skip
         order = records[-1].order[-1][:, :16]
         features = step_features(network, class_ids, token_ids, order, plans)

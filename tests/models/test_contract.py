@@ -141,7 +141,7 @@ def sample(graphdef, params, strategy, layout):
     model = nnx.merge(graphdef, params)
     images = jnp.arange(2)
     noise = image_noise(jax.random.key(0), images, model.cfg.codebook_size)
-    ids, records = generate(model, images, strategy, noise, layout=layout, record=True)
+    ids, records = generate(model, images, strategy, noise, layout=layout)
     return ids, records[-1].logits[-1]
 
 

@@ -12,12 +12,11 @@ import numpy as np
 from enat_jax.checkpoints.digests import weights_digest
 from enat_jax.config import Config, config_from_dict
 from enat_jax.core.generate import Layout
-from enat_jax.core.plans import padding
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation.objective import Objective, make_objective
 from enat_jax.experiments.ablate.config import SECTIONS, AblateConfig
-from enat_jax.models.flops import generation_flops, step_flops
+from enat_jax.models.flops import generation_flops, padding
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import restore
@@ -63,7 +62,7 @@ class Point:
     @property
     def padding(self) -> float:
         """What padding adds to the FLOPs, as a fraction."""
-        return padding(self.layout.buckets, lambda plan: step_flops(self.config.model, plan))
+        return padding(self.config.model, self.layout.buckets)
 
     def identity(self) -> dict[str, Any]:
         """What determines its images, beside the seed: as JSON holds it."""

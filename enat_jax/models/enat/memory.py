@@ -1,6 +1,5 @@
 """What ENAT carries from one step to the next: the encoder's features of revealed tokens."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -73,7 +72,7 @@ class LastLayer:
 
     def recall(self, network: Any, condition: Any, tokens: Tokens, row: RowPlan) -> Carried:
         """What an earlier step hands on that saw the previous tokens, with all others masked."""
-        return network.encode(condition, tokens, row.previous)
+        return network.encode(condition, tokens, Segments(row.previous))
 
     def counts(self, recalled: Carried | None, row: RowPlan) -> list[int]:
         """How many recalled tokens there are of each image."""
@@ -109,6 +108,6 @@ class LastLayer:
         return memory
 
 
-def new_and_masked(shape: Plan, counts: Plan) -> Sequence[Bool[Array, " k"]]:
+def new_and_masked(shape: Plan, counts: Plan) -> list[Bool[Array, " k"]]:
     """Which new and which masked tokens of a padded plan exist."""
     return [jnp.arange(shape.new) < counts.new, jnp.arange(shape.masked) < counts.masked]

@@ -1,12 +1,12 @@
 """ENAT: an encoder for visible tokens, a decoder for masked ones, and reused features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from enat_jax.core.network import Features, RowPlan, Tokens
 from enat_jax.models.attention import Segments
@@ -118,26 +118,13 @@ class ENAT(nnx.Module):
         self,
         condition: Modulation,
         tokens: Tokens,
-        own: Sequence[int],
+        segments: Segments,
         *,
         recalled: Carried | None = None,
-        recalled_counts: Sequence[int] = (),
-        valid: Bool[Array, " k"] | None = None,
         key: jax.Array | None = None,
     ) -> Carried:
-        """Features of new tokens, which read each other and what is recalled.
-
-        Args:
-            condition: from `embed_condition`.
-            tokens: the new tokens.
-            own: how many of them each image has.
-            recalled: normalised features of earlier tokens, None where there are none.
-            recalled_counts: how many of them each image has.
-            valid: which recalled and new tokens exist; None for all.
-            key: turns dropout on.
-        """
+        """Features of new tokens, which read each other and normalised features of earlier ones."""
         x = self.embed(tokens.ids, tokens.positions, key)
-        segments = Segments(own, [recalled_counts], None if valid is None else [valid])
         return self.memory.encode(self, x, condition.encoder, recalled, segments)
 
     def __call__(
@@ -167,7 +154,7 @@ class ENAT(nnx.Module):
         readable, visible = None, None
         if row.counts is not None:
             exists = memory.exists(counts[0], row)
-            readable, visible = jnp.concatenate(exists[:2]), [jnp.concatenate(exists)]
+            readable, visible = [jnp.concatenate(exists[:2])], [jnp.concatenate(exists)]
 
         def normalised(x: Array) -> Array:
             return layer_norm(x, epsilon=BLOCK_EPSILON).astype(x.dtype)
@@ -180,15 +167,8 @@ class ENAT(nnx.Module):
             context.append(memory.last_layer(earlier))
             blocks.append(counts)
         if tokens.ids.shape[1]:
-            new = self.encode(
-                condition,
-                tokens,
-                row.new,
-                recalled=earlier,
-                recalled_counts=counts,
-                valid=readable,
-                key=encoder_key,
-            )
+            segments = Segments(row.new, [counts], readable)
+            new = self.encode(condition, tokens, segments, recalled=earlier, key=encoder_key)
             context.append(normalised(memory.last_layer(new)))
             blocks.append(row.new)
         x = self.embed(self.cfg.mask_id, tokens.masked_positions, decoder_key)
