@@ -143,12 +143,17 @@ class TrainConfig(LoopConfig):
 
     Attributes:
         accumulation: microbatches a step's gradient is averaged over.
-        images_per_row: images packed into one row, each with its own mask ratio.
-        programs: compiled training programs, each with its own plans.
+        images_per_row: images packed into one row, each from a stratum of the mask ratios of its
+            own; more of them need less padding.
+        programs: compiled training programs, each with strata of its own.
         mask_beta: the mask ratio's Beta distribution.
         reuse_probability: share of images trained with reused features.
-        class_dropout: share of images trained without their class. The reference drops 0.15 in
-            its data and 0.1 of the rest in the network: 0.235 in all.
+        reuse_plans: how their tokens are shared out: `uniform` takes the paper's uniform fraction,
+            `sampling` the steps of generation with 4 to 16 steps.
+        class_dropout: share of images trained without their class.
+        further_class_dropout: share of the rest without it for the network that learns, but not
+            for the EMA whose features it reuses. The reference drops 0.15 in its data and a
+            further 0.1 in its network: 0.235 in all.
         label_smoothing: of the cross-entropy.
         mean_over: `images` takes the mean of every image's mean loss, `tokens` counts every masked
             token of a row alike, as AutoNAT does.
@@ -159,7 +164,9 @@ class TrainConfig(LoopConfig):
     programs: int = limited(4, at_least=1, at_most=4)
     mask_beta: tuple[float, float] = limited((12.0, 3.0), above=0)
     reuse_probability: float = limited(0.5, at_least=0, at_most=1)
+    reuse_plans: Literal["uniform", "sampling"] = "uniform"
     class_dropout: float = limited(0.235, at_least=0, below=1)
+    further_class_dropout: float = limited(0.0, at_least=0, below=1)
     label_smoothing: float = limited(0.1, at_least=0, below=1)
     mean_over: Literal["images", "tokens"] = "images"
 

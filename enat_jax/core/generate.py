@@ -259,7 +259,7 @@ def _step(
         jax.tree.map(lambda x: x[kept], condition),
         jax.tree.map(lambda x: x[kept], state.memory),
         tokens,
-        RowPlan((shape,), counts),
+        RowPlan((shape,), None if counts is None else (counts,)),
     )
     if running < branches:  # the unconditional branch had nothing to add to its memory
         memory = jax.tree.map(lambda old, x: old.at[kept].set(x), state.memory, memory)

@@ -28,11 +28,11 @@ class RowPlan:
 
     Attributes:
         plans: one per image, padded where `counts` are given.
-        counts: traced counts within the padded plan, of rows of one image; None where exact.
+        counts: each image's traced counts within its padded plan, `[]` or `[b]`; None where exact.
     """
 
     plans: tuple[Plan, ...]
-    counts: Plan | None = None
+    counts: tuple[Plan, ...] | None = None
 
     @property
     def previous(self) -> list[int]:

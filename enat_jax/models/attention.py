@@ -19,13 +19,13 @@ class Segments(NamedTuple):
     Attributes:
         own: own tokens of each image.
         context: per block of context, the tokens of each image.
-        valid: per image, which of its context and own tokens (in this order) its queries may read:
-            all of them (`[k]`) or each (`[n k]`); None for all.
+        valid: per image, which of its context and own tokens (in this order) its queries may read,
+            in every row or in each, all queries or each; None for all.
     """
 
     own: Sequence[int]
     context: Sequence[Sequence[int]] = ()
-    valid: Sequence[Bool[Array, "... k"]] | None = None
+    valid: Sequence[Bool[Array, "#b 1 #n k"]] | None = None
 
 
 def attend(
@@ -33,7 +33,7 @@ def attend(
     k: Float[Array, "b m h c"],
     v: Float[Array, "b m h c"],
     *,
-    valid: Bool[Array, "... m"] | None = None,
+    valid: Bool[Array, "#b 1 #n m"] | None = None,
     implementation: Implementation = "xla",
 ) -> Float[Array, "b n h c"]:
     """Softmax attention with scale `c ** -0.5`; the softmax is in float32.
@@ -42,7 +42,7 @@ def attend(
         q: queries.
         k: keys.
         v: values.
-        valid: which keys may be read, by all queries (`[m]`) or by each (`[n m]`); None for all.
+        valid: which keys may be read, by all queries or by each; None for all.
         implementation: `xla`, or `cudnn` for NVIDIA's fused kernel (16-bit types, head sizes that
             are multiples of 8); where keys are masked, `cudnn` falls back on `xla`, because it
             takes no such mask.

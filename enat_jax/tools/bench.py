@@ -18,7 +18,7 @@ from enat_jax.config import Config, TokenizerConfig
 from enat_jax.errors import UserError
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.enat.flops import paper_gflops
-from enat_jax.models.flops import generation_flops, padding, training_flops
+from enat_jax.models.flops import generation_flops, padding
 from enat_jax.models.networks import make_network
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
@@ -138,10 +138,9 @@ def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
         state, metrics = program(state, *data, key)
         return metrics
 
-    flops = training_flops(config.model, run.plans[0])
     lowered = run.programs[0].lower(*run.arguments)
-    case = _measured("train", config, batch, lowered, step, flops, repeats)
-    counts = {"remat": config.model.remat, "programs": len(run.programs)}
+    case = _measured("train", config, batch, lowered, step, run.flops, repeats)
+    counts = {"remat": config.model.remat, "programs": len(run.programs), "padding": run.padding}
     return {**case, **counts, "steps_per_second": 1 / case["seconds"]}
 
 

@@ -124,8 +124,9 @@ def programs(
             yield Program("init", run.initial_state.lower, 0.0, devices)
         if "train" in kinds:
             share = config.train.batch_size / len(devices)
-            for number, plans in enumerate(run.plans[:1] if only_first else run.plans):
-                flops = share * training_flops(config.model, plans)
+            for number, row in enumerate(run.rows[:1] if only_first else run.rows):
+                shapes = [stratum.shape for stratum in row]
+                flops = share * training_flops(config.model, shapes)
                 lower = functools.partial(run.programs[number].lower, *run.arguments)
                 yield Program(f"train{number}", lower, flops, devices)
     if "sample" in kinds:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import UInt8
 
 from enat_jax.config import Config
-from enat_jax.core.plans import training_plans
+from enat_jax.core.plans import Plan
 from enat_jax.data.pictures import image_grid
 from enat_jax.errors import UserError
 from enat_jax.models.flops import training_flops
@@ -23,6 +23,7 @@ from enat_jax.sampling.sampler import Sampler
 from enat_jax.tokenizers.protocol import Tokenizer
 from enat_jax.training.optim import learning_rate_schedule, make_optimizer
 from enat_jax.training.step import StepConfig, TrainState, training_step
+from enat_jax.training.strata import training_strata
 
 _GRID_CLASSES = 10  # a sample grid shows this many classes, so many images each
 Metrics = Mapping[str, jax.Array]
@@ -84,7 +85,7 @@ class Programs(abc.ABC):
 
 
 class TrainingPrograms(Programs):
-    """The programs of ENAT and AutoNAT, one for each row of training plans.
+    """The programs of ENAT and AutoNAT, one for each row of strata.
 
     Args:
         config: the experiment; its numbers of classes and codes are known.
@@ -108,12 +109,14 @@ class TrainingPrograms(Programs):
         super().__init__(config, placement, cfg.images_per_row * cfg.accumulation)
         self._tokenizer, self._class_names = tokenizer, class_names
         self._sampler: Sampler | None = None
-        self.plans = training_plans(
+        self.rows = training_strata(
             config.model.length,
+            lambda plan: training_flops(config.model, [plan]),
             programs=cfg.programs,
             images_per_row=cfg.images_per_row,
             mask_beta=cfg.mask_beta,
-            reuse_probability=cfg.reuse_probability,
+            reuse_probability=cfg.reuse_probability if config.model.carries_features else 0.0,
+            reuse_plans=cfg.reuse_plans,
             seed=cfg.seed,
         )
         step = functools.partial(
@@ -122,6 +125,7 @@ class TrainingPrograms(Programs):
             optimizer=self.optimizer,
             cfg=StepConfig(
                 class_dropout=cfg.class_dropout,
+                further_class_dropout=cfg.further_class_dropout,
                 label_smoothing=cfg.label_smoothing,
                 mean_over=cfg.mean_over,
                 ema_decay=config.optim.ema_decay,
@@ -132,12 +136,12 @@ class TrainingPrograms(Programs):
         batch, replicated = placement.batch, placement.replicated
         self.programs = [
             jax.jit(
-                functools.partial(step, plans=plans),
+                functools.partial(step, row=row),
                 in_shardings=(self.sharding, batch, batch, replicated),
                 out_shardings=(self.sharding, replicated),
                 donate_argnums=0,
             )
-            for plans in self.plans
+            for row in self.rows
         ]
 
     def _network(self, **placement: Placement) -> Any:
@@ -148,6 +152,19 @@ class TrainingPrograms(Programs):
         params = nnx.split(self._network(), nnx.Param)[1]
         ema = jax.tree.map(jnp.copy, params)
         return TrainState(jnp.int32(0), params, ema, self.optimizer.init(params))
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """FLOPs of training on an image, averaged over the distribution of plans."""
+        plans = np.concatenate([stratum.plans for row in self.rows for stratum in row])
+        several = [Plan(*plan) for plan in plans[:: max(1, len(plans) // 4096)].tolist()]
+        return training_flops(self.config.model, several)
+
+    @property
+    def padding(self) -> float:
+        """Extra FLOPs of the strata's padding, as a fraction of the exact ones."""
+        shapes = [stratum.shape for row in self.rows for stratum in row]
+        return training_flops(self.config.model, shapes) / self.flops - 1
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -182,8 +199,7 @@ class TrainingPrograms(Programs):
 
     def summary(self, done: int, images_per_second: float) -> dict[str, float]:
         """The learning rate; the FLOP rate by formula, and its share of the devices' if known."""
-        flops = np.mean([training_flops(self.config.model, plans) for plans in self.plans])
-        rate = images_per_second * float(flops)
+        rate = images_per_second * self.flops
         values = super().summary(done, images_per_second) | {"teraflops_per_second": rate / 1e12}
         accelerator = accelerator_of(self.placement.mesh.devices.flat[0].device_kind)
         if accelerator is not None:

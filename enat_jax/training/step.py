@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
@@ -17,6 +16,7 @@ from enat_jax.core.plans import Plan
 from enat_jax.models.layers import UNPLACED, cast_kernels
 from enat_jax.training.losses import masked_cross_entropy
 from enat_jax.training.optim import skip_unless_finite, update_ema
+from enat_jax.training.strata import Stratum, draw_plans
 
 MeanOver = Literal["images", "tokens"]
 
@@ -31,15 +31,19 @@ class TrainState(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random part of a step: the order tokens are revealed in, and the conditions kept.
+    """The random part of a step: how much is revealed in which order, and the conditions kept.
 
     Attributes:
         order: a permutation of positions per image.
         condition: the images' conditions, leaves `[b g ...]`, the null condition where dropped.
+        given: those of the moving average; the same by default.
+        plans: each image's plan, within the row's shapes; those shapes by default.
     """
 
     order: Int[Array, "b g l"]
     condition: PyTree
+    given: PyTree = None
+    plans: Int[Array, "b g 3"] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class StepConfig:
     """What a step computes.
 
     Attributes:
-        class_dropout: probability that an image trains the null condition.
+        class_dropout: probability that an image trains the null condition, the moving average too.
+        further_class_dropout: probability that another does, for the network that learns alone.
         label_smoothing: of the cross-entropy.
         mean_over: what the loss is the mean over, see `row_loss`.
         ema_decay: of the parameters' moving average.
@@ -55,6 +60,7 @@ class StepConfig:
     """
 
     class_dropout: float = 0.235
+    further_class_dropout: float = 0.0
     label_smoothing: float = 0.1
     mean_over: MeanOver = "images"
     ema_decay: float = 0.9999
@@ -62,18 +68,36 @@ class StepConfig:
 
 
 def make_draws(
-    key: jax.Array, condition: PyTree, null_condition: PyTree, length: int, *, dropout: float
+    key: jax.Array,
+    condition: PyTree,
+    null_condition: PyTree,
+    length: int,
+    row: Sequence[Stratum],
+    *,
+    dropout: float,
+    further_dropout: float,
 ) -> Draws:
-    """Draws a uniformly random reveal order per image, and drops conditions at a rate."""
-    order_key, drop_key = jax.random.split(key)
+    """Draws a uniformly random reveal order and a plan per image, and drops conditions.
+
+    A share `dropout` of the conditions is dropped, and of the rest a share `further_dropout` for
+    the network that learns alone.
+    """
+    order_key, drop_key, plan_key = jax.random.split(key, 3)
     images = jax.tree.leaves(condition)[0].shape[:2]
     order = jnp.argsort(jax.random.uniform(order_key, (*images, length)), axis=-1)
-    dropped = jax.random.bernoulli(drop_key, dropout, images)
 
-    def keep(given: Array, null: Array) -> Array:
-        return jnp.where(dropped.reshape(*images, *[1] * (given.ndim - 2)), null, given)
+    def drop(given: PyTree, key: jax.Array, rate: float) -> PyTree:
+        dropped = jax.random.bernoulli(key, rate, images)
 
-    return Draws(order, jax.tree.map(keep, condition, null_condition))
+        def keep(given: Array, null: Array) -> Array:
+            return jnp.where(dropped.reshape(*images, *[1] * (given.ndim - 2)), null, given)
+
+        return jax.tree.map(keep, given, null_condition)
+
+    for_all, further = jax.random.split(drop_key)
+    given = drop(condition, for_all, dropout)
+    plans = draw_plans(plan_key, row, images[0])
+    return Draws(order, drop(given, further, further_dropout), given, plans)
 
 
 def row_loss(
@@ -97,37 +121,51 @@ def row_loss(
         ema_model: the network whose features are reused.
         token_ids: true ids in raster order.
         draws: reveal orders and conditions.
-        plans: the plan of each image in a row.
+        plans: the plan of each image in a row, or the shape that the drawn ones fit into.
         label_smoothing: of the cross-entropy.
         mean_over: `images` takes the mean of every image's mean, `tokens` counts every masked
             token of a row alike.
         key: turns dropout on.
     """
+    shapes = tuple(plans)
+    counts = shapes
+    if draws.plans is not None:
+        counts = tuple(Plan(*rearrange(draws.plans[:, image], "b c -> c b"))
+                       for image in range(len(shapes)))  # fmt: skip
+    row = RowPlan(shapes, None if draws.plans is None else counts)
     in_order = jnp.take_along_axis(token_ids, draws.order, axis=-1)
-    ends = [(0, p.previous, p.previous + p.new, sum(p)) for p in plans]
 
-    def pack(x: Int[Array, "b g l"], first: int, last: int) -> Int[Array, "b n"]:
-        bounds = [(end[first], end[last]) for end in ends]
-        parts = [x[:, image, start:end] for image, (start, end) in enumerate(bounds)]
+    def pack(x: Int[Array, "b g l"], skipped: int, sizes: Sequence[int]) -> Int[Array, "b n"]:
+        """Of each image so many tokens, after its tokens of the first `skipped` kinds."""
+        parts = []
+        for image, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+            start = jnp.reshape(jnp.asarray(sum(count[:skipped])), (-1, 1))
+            index = jnp.minimum(start + jnp.arange(size), x.shape[-1] - 1)
+            parts.append(jnp.take_along_axis(x[:, image], index, axis=1))
         return jnp.concatenate(parts, axis=1)
 
-    row, condition = RowPlan(tuple(plans)), draws.condition
-    earlier = Tokens(pack(in_order, 0, 1), pack(draws.order, 0, 1), pack(draws.order, 1, 3))
-    recalled = ema_model.recall(ema_model.embed_condition(condition), earlier, row)
-    now = Tokens(pack(in_order, 1, 2), pack(draws.order, 1, 2), pack(draws.order, 2, 3))
+    hidden = [plan.new + plan.masked for plan in shapes]
+    order, teacher = draws.order, draws.condition if draws.given is None else draws.given
+    earlier = Tokens(pack(in_order, 0, row.previous), pack(order, 0, row.previous),
+                     pack(order, 1, hidden))  # fmt: skip
+    recalled = ema_model.recall(ema_model.embed_condition(teacher), earlier, row)
+    now = Tokens(pack(in_order, 1, row.new), pack(order, 1, row.new), pack(order, 2, row.masked))
     features = model(
-        model.embed_condition(condition),
+        model.embed_condition(draws.condition),
         now,
         row,
         recalled=jax.lax.stop_gradient(recalled),
         key=key,
     )
-    by_image = mean_over == "images"
-    weights = [np.full(plan.masked, 1 / plan.masked if by_image else 1.0) for plan in plans]
+    weights = []
+    for plan, count in zip(shapes, counts, strict=True):
+        masked = jnp.reshape(jnp.asarray(count.masked), (-1, 1))
+        share = 1 / masked if mean_over == "images" else 1.0
+        weights.append(jnp.where(jnp.arange(plan.masked) < masked, share, 0.0))
     return masked_cross_entropy(
         model.logits(features.masked),
-        pack(in_order, 2, 3),
-        jnp.asarray(np.concatenate(weights), jnp.float32),
+        pack(in_order, 2, row.masked),
+        jnp.concatenate(weights, axis=1),
         label_smoothing=label_smoothing,
     )
 
@@ -140,7 +178,7 @@ def training_step(
     *,
     graphdef: Any,
     optimizer: optax.GradientTransformation,
-    plans: Sequence[Plan],
+    row: Sequence[Stratum],
     cfg: StepConfig,
     placement: Any = UNPLACED,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
@@ -155,7 +193,7 @@ def training_step(
         key: the run's key; the step's own is folded in from `state.step`.
         graphdef: of the network.
         optimizer: its gradient transformation.
-        plans: the plan of each image in a row.
+        row: the stratum of each image in a row.
         cfg: the step's settings.
         placement: where weights and gradients lie.
 
@@ -169,10 +207,17 @@ def training_step(
     )
     draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     tokens, condition = jax.tree.map(
-        lambda x: rearrange(x, "(b g) ... -> b g ...", g=len(plans)), (token_ids, condition)
+        lambda x: rearrange(x, "(b g) ... -> b g ...", g=len(row)), (token_ids, condition)
     )
-    null, length = model.null_condition(condition), tokens.shape[-1]
-    draws = make_draws(draw_key, condition, null, length, dropout=cfg.class_dropout)
+    draws = make_draws(
+        draw_key,
+        condition,
+        model.null_condition(condition),
+        tokens.shape[-1],
+        row,
+        dropout=cfg.class_dropout,
+        further_dropout=cfg.further_class_dropout,
+    )
     ema_model = nnx.merge(graphdef, ema_weights)
 
     def loss_and_grad(tokens: Array, draws: Draws, key: jax.Array) -> tuple[Array, nnx.State]:
@@ -182,7 +227,7 @@ def training_step(
                 ema_model,
                 tokens,
                 draws,
-                plans,
+                [stratum.shape for stratum in row],
                 label_smoothing=cfg.label_smoothing,
                 mean_over=cfg.mean_over,
                 key=key,

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from enat_jax.models.attention import Segments
 from enat_jax.models.enat.block import BLOCK_EPSILON, Block, Vectors
@@ -52,15 +52,16 @@ class AlternatingBlock(Block):
             y = layer_norm(x, epsilon=BLOCK_EPSILON) * (1 + scale) + shift
             segments = segments._replace(valid=cross_valid)
             y = self.cross_attention(y, context, segments)
-            x = (x + gate * jnp.where(has_context(segments)[:, None], y, 0)).astype(x.dtype)
+            x = (x + gate * jnp.where(has_context(segments)[..., None], y, 0)).astype(x.dtype)
         return self.update_by_mlp(x, own)
 
 
-def has_context(segments: Segments) -> Array:
-    """Per own token of a row, whether its image has any context to read, `[n]`."""
+def has_context(segments: Segments) -> Bool[Array, "#b n"]:
+    """Per own token of a row, whether its image has any context to read."""
     readable = []
     for image, count in enumerate(segments.own):
-        some = any(block[image] for block in segments.context)
-        valid = True if segments.valid is None else jnp.any(segments.valid[image])
-        readable.append(jnp.full(count, some) & valid)
-    return jnp.concatenate(readable)
+        some = jnp.array(any(block[image] for block in segments.context))
+        if segments.valid is not None:
+            some &= jnp.any(segments.valid[image], axis=-1)
+        readable.append(jnp.repeat(some.reshape(-1, 1), count, axis=1))
+    return jnp.concatenate(readable, axis=1)

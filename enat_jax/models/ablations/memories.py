@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from enat_jax.core.network import Features, RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.models.attention import Segments
-from enat_jax.models.enat.memory import Carried, LastLayer, ReuseProjection, new_and_masked
+from enat_jax.models.enat.memory import Carried, LastLayer, ReuseProjection, exist
 from enat_jax.models.rows import Rows
 from enat_jax.models.stack import make_stack, unstack
 
@@ -33,10 +33,17 @@ class AllTokens(LastLayer):
 
     def recall(self, network: Any, condition: Any, tokens: Tokens, row: RowPlan) -> Carried:
         """Features of all tokens of images that have previous ones."""
-        plans = [Plan(0, p.previous, p.new + p.masked) for p in row.plans]
+
+        def before(plan: Plan) -> Plan:
+            return Plan(0, plan.previous, plan.new + plan.masked)
+
+        plans = [before(plan) for plan in row.plans]
         hidden = jax.lax.split(tokens.masked_positions, [plan.masked for plan in plans], axis=1)
         kept = [part for part, plan in zip(hidden, plans, strict=True) if plan.new]
-        earlier = RowPlan(tuple(plan if plan.new else Plan(0, 0, 0) for plan in plans))
+        earlier = RowPlan(
+            tuple(plan if plan.new else Plan(0, 0, 0) for plan in plans),
+            None if row.counts is None else tuple(before(counts) for counts in row.counts),
+        )
         tokens = tokens._replace(masked_positions=jnp.concatenate(kept, axis=1))
         out = network(condition, tokens, earlier)
         return Rows(self.cfg.length, earlier).together(out.new, out.masked)
@@ -47,12 +54,9 @@ class AllTokens(LastLayer):
             return [0 if recalled is None else recalled.shape[1]] * len(row.plans)
         return [self.cfg.length if plan.previous else 0 for plan in row.plans]
 
-    def exists(self, count: int, row: RowPlan) -> list[Bool[Array, " k"]]:
-        """Recalled tokens exist as soon as an earlier step saw any."""
-        (shape,), counts = row.plans, row.counts
-        assert counts is not None
-        is_seen = jnp.full(count, counts.previous + counts.new > 0)
-        return [is_seen, *new_and_masked(shape, counts)]
+    def exist(self, recalled: int, counts: Plan) -> Bool[Array, "b 1 1 k"]:
+        """They exist as soon as an earlier step saw any."""
+        return exist(recalled, jnp.where(counts.previous + counts.new > 0, recalled, 0))
 
     def write(self, memory: Carried, out: Features, tokens: Tokens, row: RowPlan) -> Carried:
         """Every token's features at its position."""
@@ -63,9 +67,9 @@ class AllTokens(LastLayer):
         rows = jnp.arange(memory.shape[0])[:, None]
         places = [tokens.positions, tokens.masked_positions]
         if row.counts is not None:  # padding goes nowhere
-            exist = new_and_masked(row.plans[0], row.counts)
-            places = [jnp.where(real, at, self.cfg.length)
-                      for real, at in zip(exist, places, strict=True)]  # fmt: skip
+            _, *counts = row.counts[0]
+            places = [jnp.where(exist(at.shape[1], count)[:, 0, 0], at, self.cfg.length)
+                      for at, count in zip(places, counts, strict=True)]  # fmt: skip
         for features, at in zip((out.new, out.masked), places, strict=True):
             if features is not None:
                 memory = memory.at[rows, at].set(features, mode="drop")

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from enat_jax.core.network import Features, RowPlan, Tokens
 from enat_jax.models.attention import Segments
@@ -31,16 +31,18 @@ class SharedStackNAT(ENAT):
         masks = jnp.full_like(tokens.masked_positions, self.cfg.mask_id)
         positions = rows.together(tokens.positions, tokens.masked_positions)
         x = self.embed(rows.together(tokens.ids, masks), positions, key)
-        plans = row.plans if row.counts is None else [row.counts]
         valid = None
         if blocked != "none":
-            valid = [readable(blocked, plan.new, length) for plan in plans]
-        segments = Segments([length] * len(plans), valid=valid)
+            plans = row.counts or row.plans
+            valid = [readable(blocked, jnp.asarray(plan.new), length) for plan in plans]
+        segments = Segments([length] * len(row.plans), valid=valid)
         x = self.run(self.encoder, x, condition.encoder, None, segments)
         return Features(None, *rows.apart(x))
 
 
-def readable(blocked: Blocked, visible: Any, length: int) -> Bool[Array, "l l"]:
+def readable(
+    blocked: Blocked, visible: Int[Array, "*b"], length: int
+) -> Bool[Array, "_ 1 {length} {length}"]:
     """Which tokens (columns) each token of an image (rows) may read.
 
     A token always reads itself: without it, the masked tokens of the first step, when nothing is
@@ -48,10 +50,11 @@ def readable(blocked: Blocked, visible: Any, length: int) -> Bool[Array, "l l"]:
 
     Args:
         blocked: the attention that is left out, some.
-        visible: how many tokens are visible; they come first.
+        visible: how many tokens are visible, in every row or in each; they come first.
         length: tokens per image.
     """
-    is_visible = jnp.arange(length) < visible
+    is_visible = jnp.arange(length) < visible.reshape(-1, 1, 1)
     kinds = {"visible": is_visible, "masked": ~is_visible}
     query, key = blocked.split("_to_")
-    return ~(kinds[query][:, None] & kinds[key]) | jnp.eye(length, dtype=bool)
+    blocks = kinds[query][..., None] & kinds[key][..., None, :]
+    return ~blocks | jnp.eye(length, dtype=bool)

@@ -72,17 +72,19 @@ class LastLayer:
 
     def recall(self, network: Any, condition: Any, tokens: Tokens, row: RowPlan) -> Carried:
         """What an earlier step hands on that saw the previous tokens, with all others masked."""
-        return network.encode(condition, tokens, Segments(row.previous))
+        valid = None
+        if row.counts is not None:
+            pairs = zip(row.previous, row.counts, strict=True)
+            valid = [exist(size, count.previous) for size, count in pairs]
+        return network.encode(condition, tokens, Segments(row.previous, valid=valid))
 
     def counts(self, recalled: Carried | None, row: RowPlan) -> list[int]:
         """How many recalled tokens there are of each image."""
         return [0] * len(row.plans) if recalled is None else row.previous
 
-    def exists(self, count: int, row: RowPlan) -> list[Bool[Array, " k"]]:
-        """Which of `count` recalled, of the new and of the masked tokens are no padding."""
-        (shape,), counts = row.plans, row.counts
-        assert counts is not None
-        return [jnp.arange(count) < counts.previous, *new_and_masked(shape, counts)]
+    def exist(self, recalled: int, counts: Plan) -> Bool[Array, "b 1 1 k"]:
+        """Which of an image's recalled tokens are no padding."""
+        return exist(recalled, counts.previous)
 
     def encode(
         self, network: Any, x: Array, vectors: Any, recalled: Carried | None, segments: Segments
@@ -103,11 +105,11 @@ class LastLayer:
         if self.cfg.reproject and out.previous is not None:
             memory = update(memory, out.previous, 0, axis=1)
         if out.new is not None and memory.shape[1]:
-            start = row.plans[0].previous if row.counts is None else row.counts.previous
+            start = (row.counts or row.plans)[0].previous
             memory = update(memory, out.new, start, axis=1)
         return memory
 
 
-def new_and_masked(shape: Plan, counts: Plan) -> list[Bool[Array, " k"]]:
-    """Which new and which masked tokens of a padded plan exist."""
-    return [jnp.arange(shape.new) < counts.new, jnp.arange(shape.masked) < counts.masked]
+def exist(size: int, count: Any) -> Bool[Array, "b 1 1 {size}"]:
+    """Which of `size` tokens are no padding, of so many in every row (`[]`) or in each (`[b]`)."""
+    return jnp.arange(size) < jnp.reshape(count, (-1, 1, 1, 1))

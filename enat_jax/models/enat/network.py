@@ -12,7 +12,7 @@ from enat_jax.core.network import Features, RowPlan, Tokens
 from enat_jax.models.attention import Segments
 from enat_jax.models.enat.block import BLOCK_EPSILON, Block
 from enat_jax.models.enat.config import ENATConfig
-from enat_jax.models.enat.memory import Carried, LastLayer
+from enat_jax.models.enat.memory import Carried, LastLayer, exist
 from enat_jax.models.layers import (
     EMBEDDING_STD,
     UNPLACED,
@@ -151,10 +151,16 @@ class ENAT(nnx.Module):
         memory = self.memory
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         counts = memory.counts(recalled, row)
-        readable, visible = None, None
+        readable = everything = None
         if row.counts is not None:
-            exists = memory.exists(counts[0], row)
-            readable, visible = [jnp.concatenate(exists[:2])], [jnp.concatenate(exists)]
+            images = list(zip(counts, row.plans, row.counts, strict=True))
+            read = [
+                (memory.exist(n, drawn), exist(plan.new, drawn.new)) for n, plan, drawn in images
+            ]
+            masked = [exist(plan.masked, drawn.masked) for _, plan, drawn in images]
+            readable = [jnp.concatenate(parts, axis=-1) for parts in read]
+            pairs = zip(readable, masked, strict=True)
+            everything = [jnp.concatenate(parts, axis=-1) for parts in pairs]
 
         def normalised(x: Array) -> Array:
             return layer_norm(x, epsilon=BLOCK_EPSILON).astype(x.dtype)
@@ -173,7 +179,7 @@ class ENAT(nnx.Module):
             blocks.append(row.new)
         x = self.embed(self.cfg.mask_id, tokens.masked_positions, decoder_key)
         read = jnp.concatenate(context, axis=1) if context else None
-        segments = Segments(row.masked, blocks, visible)
+        segments = Segments(row.masked, blocks, everything)
         return Features(previous, new, self.run(self.decoder, x, condition.decoder, read, segments))
 
     def logits(self, features: Float[Array, "b n d"]) -> Float[Array, "b n v"]:
