@@ -241,15 +241,16 @@ class Placement:
             tree: NumPy arrays, numbers, keys, or arrays of this process's devices.
             sharding: of all leaves, or a tree of each one's; replicated by default.
         """
-        if sharding is None:
-            sharding = self.replicated
-        if isinstance(sharding, Sharding):
-            sharding = jax.tree.map(lambda _: sharding, tree)
-        return jax.tree.map(_put, tree, sharding)
+        where = self.replicated if sharding is None else sharding
+        if isinstance(where, Sharding):
+            return jax.tree.map(lambda value: _put(value, where), tree)
+        return jax.tree.map(_put, tree, where)
 
     def own_rows(self, count: int) -> Int[np.ndarray, " r"]:
         """Which rows of a batch of `count` lie on this process's devices, ascending."""
-        return _own_rows(self.batch, count)
+        where = self.batch.addressable_devices_indices_map((count,))
+        spans = {index[0].indices(count)[:2] for index in where.values() if index is not None}
+        return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
     def put_batch(self, own: np.ndarray, count: int) -> Array:
         """A batch on the mesh, from the rows that every process has of it.
@@ -258,16 +259,8 @@ class Placement:
             own: the rows that `own_rows(count)` names, in that order.
             count: rows of the batch.
         """
-        if self.batch.is_fully_addressable:
-            return jax.device_put(own, self.batch)
-        rows = self.own_rows(count)
-
-        def shard(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(count)
-            first = int(np.searchsorted(rows, start))
-            return own[first : first + stop - start]
-
-        return jax.make_array_from_callback((count, *own.shape[1:]), self.batch, shard)
+        shape = (count, *own.shape[1:])
+        return jax.make_array_from_process_local_data(self.batch, own, shape)
 
     @property
     def _shards_weights(self) -> bool:
@@ -277,11 +270,7 @@ class Placement:
         """The sharding of every leaf by `RULES`; `sharded` tells where `fsdp` shares a leaf out."""
 
         def sharding(path: Any, leaf: Any) -> NamedSharding:
-            name = (
-                ".".join(str(getattr(part, "key", getattr(part, "name", ""))) for part in path)
-                .removesuffix(".value")
-                .rstrip(".")
-            )
+            name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
             axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
             if leaf.ndim < len(axes):
                 return self.replicated
@@ -292,13 +281,9 @@ class Placement:
                 names = [name for name in names if name and (share or name != "fsdp")]
                 fits = size % math.prod(self.mesh.shape[name] for name in names) == 0
                 spec.append(tuple(names) if names and fits else None)
-            return NamedSharding(self.mesh, P(*(_single(axis) for axis in spec)))
+            return NamedSharding(self.mesh, P(*spec))
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
-
-
-def _single(names: tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    return names[0] if names is not None and len(names) == 1 else names
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -318,24 +303,11 @@ def _stays_sharded(name: str) -> bool:
 
 
 def _put(value: Any, where: NamedSharding) -> Array:
-    if where.is_fully_addressable:
+    lies_on_the_mesh = isinstance(value, jax.Array) and not value.is_fully_addressable
+    if lies_on_the_mesh or where.is_fully_addressable:
         return jax.device_put(value, where)
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return _relay(where)(value)  # it lies on the mesh already
     if jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key):
         words = _put(jax.random.key_data(value), where)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-
-
-@functools.cache
-def _relay(where: NamedSharding) -> Callable[[Array], Array]:
-    return jax.jit(lambda x: x, out_shardings=where)
-
-
-@functools.lru_cache(maxsize=64)
-def _own_rows(batch: NamedSharding, count: int) -> Int[np.ndarray, " r"]:
-    where = batch.addressable_devices_indices_map((count,))
-    spans = {index[0].indices(count)[:2] for index in where.values() if index is not None}
-    return np.concatenate([np.arange(*span) for span in sorted(spans)])
