@@ -23,11 +23,7 @@ from enat_jax.training.workdir import Workdir
 
 
 def training_loop(
-    programs: Programs,
-    workdir: Workdir,
-    batches: Callable[[Share], Iterator[Any]],
-    *,
-    data: str,
+    programs: Programs, workdir: Workdir, batches: Callable[[Share], Iterator[Any]], *, data: str
 ) -> None:
     """Takes the steps that are left, and leaves a checkpoint of the last.
 
@@ -107,9 +103,8 @@ def training_loop(
 class Meter:
     """What steps came to since the last entry: their metrics, and where the time went.
 
-    Args:
-        limit: so many steps in a row that are not finite, and so not applied, stop the run.
-        log: called with a line for each.
+    `limit` steps in a row that are not finite, and so not applied, stop the run; `log` is called
+    with a line for each.
     """
 
     def __init__(self, limit: int, log: Callable[[str], object]):
