@@ -16,7 +16,6 @@ from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_tokenizer
 from enat_jax.config import Config, config_from_dict
 from enat_jax.core.generate import Layout, TracedStrategy
 from enat_jax.core.plans import padding
-from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.models.flops import generation_flops, step_flops
 from enat_jax.models.networks import abstract_params
@@ -63,24 +62,13 @@ class Sampler:
         """Takes other parameters of the same network: of this host, or on the mesh already."""
         self.params = self.program.prepare(params)
 
-    def strategy(self, **changes: Any) -> GenerationStrategy:
-        """As `GenerationProgram.strategy`."""
-        return self.program.strategy(**changes)
-
-    def plan(
-        self, by_step: GenerationStrategy | None = None, **strategy: Any
-    ) -> tuple[Layout, TracedStrategy]:
-        """As `GenerationProgram.plan`."""
-        return self.program.plan(by_step, **strategy)
-
     def describe(self, **strategy: Any) -> str:
         """One line on the plan: steps, buckets, FLOPs per image and what padding adds to them."""
-        layout, _ = self.plan(**strategy)
+        layout, model = self.program.plan(**strategy)[0], self.config.model
         exact, padded = (
-            generation_flops(self.config.model, layout.buckets, padded=padded)
-            for padded in (False, True)
+            generation_flops(model, layout.buckets, padded=way) for way in (False, True)
         )
-        extra = padding(layout.buckets, lambda plan: step_flops(self.config.model, plan))
+        extra = padding(layout.buckets, lambda plan: step_flops(model, plan))
         return (
             f"{layout.steps} steps in {len(layout.buckets)} compiled bodies,"
             f" {padded / 1e9:.4g} GFLOP per image"
@@ -107,7 +95,7 @@ class Sampler:
                 `[b y x 3]`, or those rounded to 256 levels.
             seed: of the noise.
             first: index of the first image to make; those before it were made already.
-            plan: what is compiled and traced, from `plan`; by default as `strategy` says.
+            plan: what is compiled and traced, from `program.plan`; by default as `strategy` says.
             run: makes a batch in place of `program.run`, of the same arguments.
             batch_size: images in a call; by default as `program.batch_size` says of so many.
             strategy: fields of the config's strategy to change, such as `steps`.
@@ -122,7 +110,7 @@ class Sampler:
         """
         decoder, placement = self.program.decoder(output), self.placement
         classes = self._checked(class_ids)
-        layout, traced = plan or self.plan(**strategy)
+        layout, traced = plan or self.program.plan(**strategy)
         size = batch_size or self.program.batch_size(len(classes))
         traced, key = placement.put((traced, jax.random.key(seed)))
         run = run or self.program.run
