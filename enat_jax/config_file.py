@@ -51,12 +51,7 @@ def limited(default: T, **limits: int | float) -> T:
 
 
 def base(file: str, name: str) -> ConfigDict:
-    """The config that another config starts from.
-
-    Args:
-        file: the config file that asks: its `__file__`.
-        name: the other's path, relative to it.
-    """
+    """The config that another, of this `__file__`, starts from; `name` is a path relative to it."""
     return _get_config(os.path.join(os.path.dirname(file), name))
 
 
@@ -191,7 +186,7 @@ def _apply(rule: Any, config: Any, path: str, wrong: dict[str, list[str]]) -> No
         if not fit(*values):
             wrong[names[0]] = [f"{shown[0]} {limit.format(*shown)}"]
     except ValueError as error:
-        wrong[names[0]] = [str(error)]
+        wrong[names[0]] = [f"{names[0]}: {error}"]
 
 
 def _within(name: str, section: str) -> bool:

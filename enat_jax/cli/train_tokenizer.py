@@ -13,11 +13,11 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     host_flags.connect(args, listens=True)
-    from enat_jax.config import load_tokenizer_config
+    from enat_jax.config import TokenizerRunConfig
+    from enat_jax.config_file import read_config
     from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.training.train_tokenizer import train_tokenizer
 
     keep_compiled_programs()
-    config = load_tokenizer_config(args.config, overrides)
-    train_tokenizer(config, args.workdir)
+    train_tokenizer(read_config(TokenizerRunConfig, args.config, overrides), args.workdir)
     return 0
