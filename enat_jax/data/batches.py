@@ -71,12 +71,8 @@ def training_batches(cfg: DataConfig, share: Share, *, seed: int) -> grain.Datas
 
     All processes walk one stream of records together: epoch after epoch, each shuffled anew. Hence
     every epoch's records are seen once each, by exactly one process, also where they do not divide
-    evenly, and a step holds the same records in the same rows on any number of processes.
-
-    Args:
-        cfg: The records.
-        share: Which of them, from where on; a batch may exceed the number of records.
-        seed: Decides the order, in [0, 2**32).
+    evenly, and a step holds the same records in the same rows on any number of processes. A batch
+    may exceed the number of records. `seed`, in [0, 2**32), decides their order.
 
     Returns:
         An iterator of `{"token_ids": int32 [b, n], "class_ids": int32 [b]}` in NumPy arrays, of
@@ -85,7 +81,6 @@ def training_batches(cfg: DataConfig, share: Share, *, seed: int) -> grain.Datas
     Raises:
         UserError: as in `record_info`, and for records that cannot be read, or whose length,
             token ids or labels contradict the metadata: here with `cfg.cache`, else on reading.
-        ValueError: `seed` out of range.
     """
     info, records = open_records(cfg)
     cached = _decode_all(info, records) if cfg.cache else None
@@ -177,10 +172,8 @@ def _decode(info: RecordInfo, records: Prepared, indices: Sequence[int]) -> Colu
         ("tokens", tokens, info.codebook_size),
         ("label", labels, info.num_classes),
     ):
-        low, high = values.min(), values.max()
-        if low < 0 or high >= limit:
-            wrong = low if low < 0 else high
+        if (wrong := values[(values < 0) | (values >= limit)]).size:
             raise UserError(
-                f"{records.where}: a record has {field} = {wrong}, must lie in [0, {limit})"
+                f"{records.where}: a record has {field} = {wrong[0]}, must lie in [0, {limit})"
             )
     return tokens.astype(np.uint16), labels.astype(np.int32)

@@ -31,18 +31,10 @@ def image_batches(
     """An endless stream of shuffled batches, mirrored half of the time; this process's part of it.
 
     All processes walk one stream of images together, epoch after epoch, each shuffled anew; a step
-    holds the same images, cropped alike, in the same rows on any number of processes. An image that
-    cannot be decoded is replaced by the next that can be.
-
-    Args:
-        source: the images.
-        share: which of them, from where on.
-        size: pixels per side.
-        random_crops: whether to crop at random; else the image's centre is taken.
-        max_unreadable: most images that may be unreadable, as a share of all; more are a UserError.
-        seed: decides order, crops and mirroring; in [0, 2**32).
-        threads: that read.
-        warn: called with a line for every unreadable image, once.
+    holds the same images, cropped alike (at random or in the centre), in the same rows on any
+    number of processes. An image that cannot be decoded is replaced by the next that can be: `warn`
+    is called with a line for each, once, and more than the share `max_unreadable` of all are a
+    UserError. `seed`, in [0, 2**32), decides order, crops and mirroring.
 
     Returns:
         An iterator of uint8 `[b, size, size, 3]`, of the share's own rows.
@@ -96,14 +88,7 @@ class ImageBatch(NamedTuple):
 def read_batches(
     source: ImageSource, spans: Sequence[range], *, batch_size: int, size: int, threads: int
 ) -> Iterator[ImageBatch]:
-    """Centre crops of the images in each span, one batch per span, in order.
-
-    Args:
-        source: The images.
-        spans: Which images make up a batch, at most `batch_size` each.
-        batch_size: Rows of every batch.
-        size: Pixels per side.
-        threads: How many threads read, ahead of their use.
+    """Centre crops of the images in each span, at most `batch_size`: one batch per span, in order.
 
     Raises:
         UserError: an image without a class.

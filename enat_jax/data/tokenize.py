@@ -47,28 +47,24 @@ def tokenize(
     two codes are equally near but for rounding.
 
     Args:
-        images: Which images.
-        tokenizer: What makes tokens of them.
+        images: which images.
+        tokenizer: what makes tokens of them.
         out_name: TFDS name of the records.
-        data_dir: Folder of the prepared data sets; one that all processes share.
-        grid: Rows and columns of tokens, equally many.
-        batch_size: Images read per batch and process; as many again are made by mirroring.
-        placement: Of the devices; batches are split over this process's own.
-        log: Called with lines for the user.
+        data_dir: of the prepared data sets; one that all processes share.
+        grid: rows and columns of tokens, equally many.
+        batch_size: images read per batch and process, equally many on each of its devices; as
+            many again are made by mirroring.
+        placement: of this process's own devices, over which batches are split.
+        log: called with lines for the user.
 
     Raises:
         UserError: arguments that do not fit, images or records that cannot be opened, more
             unreadable images than allowed; complete shards are kept.
     """
-    placement = placement.local
     if shipped(out_name):
         raise UserError(f"out_name = {out_name!r} is a data set of the project's own")
     if grid[0] != grid[1]:
         raise UserError(f"grid = {grid[0]} x {grid[1]}, must be square: crops are")
-    if batch_size % placement.batch_shards:
-        raise UserError(
-            f"batch_size = {batch_size}, must be a multiple of {placement.batch_shards} devices"
-        )
     source = open_images(images)
     plan = RecordPlan(
         name=out_name,

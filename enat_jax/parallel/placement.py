@@ -115,11 +115,7 @@ class Placement:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def check_heads(self, num_heads: int) -> None:
-        """Refuses attention heads that the axis `tensor` cannot share.
-
-        Raises:
-            UserError: it does not divide them.
-        """
+        """Raises UserError where the axis `tensor` does not divide attention heads."""
         if num_heads % self.mesh.shape["tensor"]:
             raise UserError(
                 f"config: mesh.tensor = {self.mesh.shape['tensor']} must divide model.num_heads ="
@@ -131,8 +127,7 @@ class Placement:
     def state(self, parts: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """The shardings of a training state between steps, part by part.
 
-        Args:
-            parts: trees by name; a name that ends in `opt_state` is an optimiser's.
+        A part whose name ends in `opt_state` is an optimiser's.
         """
         placed = {}
         for part, tree in parts.items():
@@ -142,11 +137,8 @@ class Placement:
 
     def params(self, abstract: PyTree) -> PyTree:
         """Shapes of parameters with the shardings that they have between steps."""
-        return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            abstract,
-            self.state({"params": abstract})["params"],
-        )
+        placed = self.state({"params": abstract})["params"]
+        return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, placed)
 
     # Within a program.
 
@@ -235,11 +227,9 @@ class Placement:
     # From processes to devices.
 
     def put(self, tree: PyTree, sharding: PyTree = None) -> PyTree:
-        """Puts values that every process holds alike on the mesh.
+        """Puts on the mesh what every process holds alike, or what lies on it otherwise.
 
-        Args:
-            tree: NumPy arrays, numbers, keys, or arrays of this process's devices.
-            sharding: of all leaves, or a tree of each one's; replicated by default.
+        `sharding` is that of all leaves, or a tree of each one's; replicated by default.
         """
         where = self.replicated if sharding is None else sharding
         if isinstance(where, Sharding):
@@ -253,12 +243,7 @@ class Placement:
         return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
     def put_batch(self, own: np.ndarray, count: int) -> Array:
-        """A batch on the mesh, from the rows that every process has of it.
-
-        Args:
-            own: the rows that `own_rows(count)` names, in that order.
-            count: rows of the batch.
-        """
+        """A batch of `count` rows on the mesh, from every process's `own_rows(count)` of it."""
         shape = (count, *own.shape[1:])
         return jax.make_array_from_process_local_data(self.batch, own, shape)
 

@@ -20,12 +20,8 @@ def train(
 ) -> None:
     """Trains, or goes on from the workdir's newest checkpoint; returns when all steps are done.
 
-    Every host calls it, with the same arguments. Told to stop by SIGTERM, it saves and returns.
-
-    Args:
-        config: the experiment.
-        workdir: see `Workdir`; one folder that all hosts share.
-        log: called with lines for the user, on one host.
+    Every host calls it, with the same arguments; they share the workdir, and one of them logs lines
+    for the user. Told to stop by SIGTERM, it saves and returns.
 
     Raises:
         UserError: records or a workdir that do not fit the config, hosts that disagree, too many
@@ -42,10 +38,7 @@ def train(
     run = Workdir(
         workdir,
         config,
-        metadata={
-            "class_names": list(info.class_names),
-            "tokenizer_digest": info.tokenizer_digest,
-        },
+        metadata={"class_names": list(info.class_names), "tokenizer_digest": info.tokenizer_digest},
         stream={
             "train.seed": config.train.seed,
             "data.name": config.data.name,

@@ -38,12 +38,7 @@ def train_tokenizer(
     *,
     log: Callable[[str], object] = print,
 ) -> None:
-    """Trains, or goes on from the workdir's newest checkpoint; returns when all steps are done.
-
-    Args:
-        config: the run.
-        workdir: see `Workdir`.
-        log: called with lines for the user.
+    """Trains, or goes on from the workdir's newest checkpoint, as `train` does.
 
     Raises:
         UserError: images, weights or a workdir that do not fit the config, too many steps in a row
@@ -89,10 +84,7 @@ def train_tokenizer(
 class TokenizerPrograms(Programs):
     """The programs of a VQGAN: with and without codebook, with and without discriminator.
 
-    Args:
-        config: the run.
-        placement: of the devices to train on.
-        held_out: images that the run shows; None shows nothing.
+    `held_out` are the images that the run shows; None shows nothing.
 
     Raises:
         UserError: a batch that does not divide over the devices; or as `load_lpips`.

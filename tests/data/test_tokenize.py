@@ -254,8 +254,6 @@ def test_pixels_reach_the_tokenizer_between_0_and_1_and_mirrored():
     [
         ("digits", {}, "out_name = 'digits' is a data set of the project's own"),
         ("x", {"grid": (3, 4)}, "grid = 3 x 4, must be square"),
-        ("x", {"batch_size": 3, "devices": 2},
-         "batch_size = 3, must be a multiple of 2 devices"),
         ("x", {"images": ImageConfig(folder="nowhere")}, "no such folder"),
     ],
 )  # fmt: skip
