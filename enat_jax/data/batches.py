@@ -107,22 +107,13 @@ def shuffled(count: int, seed: int) -> grain.MapDataset:
 
 def own_part(stream: grain.MapDataset, share: Share) -> grain.MapDataset:
     """A process's examples, step after step: `len(share.own_rows)` of each."""
-    source: Any = _OwnPart(stream, share)
-    return grain.MapDataset.source(source)
+    rows = share.own_rows.tolist()
 
+    def example(index: int) -> Any:
+        step, row = divmod(index, len(rows))
+        return stream[share.first + step * share.batch_size + rows[row]]
 
-class _OwnPart:
-    """What Grain calls a source, over another stream."""
-
-    def __init__(self, stream: grain.MapDataset, share: Share):
-        self._stream, self._share, self._rows = stream, share, share.own_rows.tolist()
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> Any:
-        step, row = divmod(int(index), len(self._rows))
-        return self._stream[self._share.first + step * self._share.batch_size + self._rows[row]]
+    return grain.MapDataset.range(sys.maxsize).map(example)
 
 
 def open_records(cfg: DataConfig) -> tuple[RecordInfo, Prepared]:

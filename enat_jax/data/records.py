@@ -31,17 +31,13 @@ class RecordPlan:
 
     Attributes:
         name: TFDS name of the data set.
-        tokenizer: Name of the tokenizer.
-        tokenizer_digest: Its weights, in hexadecimal digits.
-        codebook_size: Number of its token ids, at most 65536.
-        grid: Rows and columns of tokens.
-        image_size: Pixels per side of the square crops.
-        flips: Whether each image is followed by its mirror image.
-        source: Which images, for people.
-        source_digest: Which images, exactly.
-        num_images: How many there are, unreadable ones included.
-        class_names: Names of the classes by class id.
-        shard_size: Images per shard.
+        codebook_size: at most 65536.
+        grid: rows and columns of tokens.
+        image_size: pixels per side of the square crops.
+        flips: whether each image is followed by its mirror image.
+        source: which images, for people; `source_digest` says it exactly.
+        num_images: unreadable ones included.
+        shard_size: images per shard.
     """
 
     name: str
