@@ -53,9 +53,7 @@ def write_digests(directory: epath.Path) -> None:
 def find_corruption(directory: epath.Path, trees: Collection[str]) -> str:
     """Compares a checkpoint's files with their digests; names those that differ, "" for none.
 
-    Args:
-        directory: the checkpoint; files in it that have no digest do not matter.
-        trees: the folders to look into. The files beside them always count.
+    Files without a digest do not matter, nor folders but `trees`; the files beside them always do.
     """
     saved: dict[str, list[int]] = {}
     for path in directory.iterdir():

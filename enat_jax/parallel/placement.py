@@ -287,7 +287,7 @@ def _stays_sharded(name: str) -> bool:
     return "modulation" in name
 
 
-def _put(value: Any, where: NamedSharding) -> Array:
+def _put(value: Any, where: Sharding) -> Array:
     lies_on_the_mesh = isinstance(value, jax.Array) and not value.is_fully_addressable
     if lies_on_the_mesh or where.is_fully_addressable:
         return jax.device_put(value, where)

@@ -26,15 +26,11 @@ Output = Literal["token_ids", "floats", "uint8"]
 class GenerationProgram:
     """What a sampler runs, and where everything lies that it is given.
 
-    Nothing is allocated: the devices need not be there, and the tokenizer's weights may be shapes.
-
-    Args:
-        config: the experiment's config.
-        placement: of the devices to generate on, of any number of processes.
-        tokenizer: turns token ids into images; None where none are asked for.
-        layers: `unstacked` gives every block arrays of its own, so that no step copies a layer's
-            weights out of a stack: 1.5 times faster on CPU, but slower to compile. `auto` does
-            so on CPU only.
+    Nothing is allocated: the devices, of any number of processes, need not be there, and the
+    tokenizer's weights may be shapes; there may be no tokenizer where no images are asked for.
+    `layers="unstacked"` gives every block arrays of its own, so that no step copies a layer's
+    weights out of a stack: 1.5 times faster on CPU, but slower to compile. `auto` does so on CPU
+    only.
 
     Raises:
         UserError: attention heads that do not divide over the mesh.
@@ -100,11 +96,7 @@ class GenerationProgram:
     def plan(
         self, by_step: GenerationStrategy | None = None, **strategy: Any
     ) -> tuple[Layout, TracedStrategy]:
-        """What is compiled and what is traced of a strategy.
-
-        Args:
-            by_step: the strategy, step by step; the config's by default.
-            strategy: fields of the config's strategy to change.
+        """What is compiled and what is traced of a strategy, by default the config's.
 
         Raises:
             UserError: an unknown field, one out of range, or a strategy that does not fit the

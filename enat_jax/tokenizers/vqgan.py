@@ -211,12 +211,7 @@ class VQGAN(nnx.Module):
     def decode(
         self, token_ids: Int[Array, "b n"], grid: tuple[int, int]
     ) -> Float[Array, "b y x 3"]:
-        """Images of token ids, in [0, 1] but for what the network overshoots: not clipped.
-
-        Args:
-            token_ids: in [0, codebook_size), in raster order.
-            grid: rows and columns of tokens.
-        """
+        """Images of token ids, in [0, 1] but for what the network overshoots: not clipped."""
         token_ids = rearrange(token_ids, "b (v u) -> b v u", v=grid[0], u=grid[1])
         return self.decoder(self.codebook[...][token_ids]).astype(jnp.float32)
 

@@ -33,12 +33,8 @@ class Programs(abc.ABC):
     """What a kind of network does in a run, compiled.
 
     Its state is a NamedTuple of `step`, `params` and whatever else a checkpoint holds, trees or
-    None. Nothing is allocated before `initial_state()`, so the devices need not be there.
-
-    Args:
-        config: of the run, with sections `optim` and `train`.
-        placement: of the devices to train on.
-        images: on each of these in a step, or a multiple.
+    None. Nothing is allocated before `initial_state()`, so the devices need not be there. In a step
+    each has so many `images`, or a multiple. The config has sections `optim` and `train`.
 
     Attributes:
         abstract: the state's shapes, and where its leaves lie.

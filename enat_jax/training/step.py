@@ -16,7 +16,7 @@ from enat_jax.core.network import Network, RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.models.layers import UNPLACED, cast_kernels
 from enat_jax.training.losses import masked_cross_entropy
-from enat_jax.training.optim import skip_unless_finite, update_ema
+from enat_jax.training.optim import skip_unless_finite
 
 
 class TrainState(NamedTuple):
@@ -186,7 +186,7 @@ def training_step(
     after = TrainState(
         step=state.step + 1,
         params=params,
-        ema=update_ema(state.ema, params, ema_decay),
+        ema=optax.incremental_update(params, state.ema, 1 - ema_decay),
         opt_state=opt_state,
     )
     norm = optax.tree.norm(grads)

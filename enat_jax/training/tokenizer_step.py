@@ -14,7 +14,7 @@ from enat_jax.config import LossConfig
 from enat_jax.models.layers import UNPLACED
 from enat_jax.tokenizers.discriminator import hinge_loss
 from enat_jax.tokenizers.vqgan import VQGAN
-from enat_jax.training.optim import skip_unless_finite, update_ema
+from enat_jax.training.optim import skip_unless_finite
 
 _ROUNDS = 8  # of Lloyd's algorithm for the first codebook
 
@@ -197,7 +197,7 @@ def tokenizer_step(
     value, outcome, norm, params, opt_state = descend(
         loss, state.params, state.opt_state, optimizer
     )
-    ema = update_ema(state.ema, params, ema_decay)
+    ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
     after = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
     metrics = {"loss": value, "grad_norm": norm}
     if judge:

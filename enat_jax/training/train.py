@@ -1,13 +1,13 @@
 """The training run of ENAT and AutoNAT: token records in, a workdir out."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 from enat_jax.checkpoints.tokenizer import load_tokenizer
 from enat_jax.config import Config
 from enat_jax.data.batches import RecordInfo, record_info, training_batches
 from enat_jax.errors import UserError
+from enat_jax.files import Path
 from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
 from enat_jax.training.loop import training_loop
@@ -15,9 +15,7 @@ from enat_jax.training.programs import TrainingPrograms
 from enat_jax.training.workdir import Workdir
 
 
-def train(
-    config: Config, workdir: str | os.PathLike[str], *, log: Callable[[str], object] = print
-) -> None:
+def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print) -> None:
     """Trains, or goes on from the workdir's newest checkpoint; returns when all steps are done.
 
     Every host calls it, with the same arguments; they share the workdir, and one of them logs lines

@@ -15,7 +15,7 @@ from flax import nnx
 from enat_jax.config import OptimConfig, TrainConfig
 from enat_jax.core.plans import Plan
 from enat_jax.models.enat.weights import never_read
-from enat_jax.training.optim import learning_rate_schedule, make_optimizer, update_ema
+from enat_jax.training.optim import learning_rate_schedule, make_optimizer
 from enat_jax.training.step import (
     Draws,
     TrainState,
@@ -121,7 +121,8 @@ def learn(learner, grads, rate, reuse, cfg):
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: leaves[jax.tree_util.keystr(path)], learner.params
     )
-    return Learner(params, update_ema(learner.ema, params, cfg.ema_decay), *states)
+    ema = optax.incremental_update(params, learner.ema, 1 - cfg.ema_decay)
+    return Learner(params, ema, *states)
 
 
 def test_six_optimiser_steps_are_the_references(enat, enat_weights, golden):
