@@ -180,7 +180,8 @@ def _bench_vqgan(config: Config, way: str, batch: int, repeats: int) -> dict[str
         return vqgan.decode(data, grid) if decoding else vqgan.encode(data)
 
     lowered = jax.jit(code).lower(*given)
-    flops = lowered.cost_analysis()["flops"] / batch  # nearly all of convolutions, as it stands
+    cost: Any = lowered.cost_analysis()
+    flops = cost["flops"] / batch  # nearly all of convolutions
     case = _measured(way, config, batch, lowered, lambda run: run(*given), flops, repeats)
     return {**case, "pixels": sides[0]}
 

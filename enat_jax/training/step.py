@@ -183,12 +183,8 @@ def training_step(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
-    after = TrainState(
-        step=state.step + 1,
-        params=params,
-        ema=optax.incremental_update(params, state.ema, 1 - ema_decay),
-        opt_state=opt_state,
-    )
+    ema: Any = optax.incremental_update(params, cast(Any, state.ema), 1 - ema_decay)
+    after = TrainState(state.step + 1, params, ema, opt_state)
     norm = optax.tree.norm(grads)
     after, skipped = skip_unless_finite(state, after, loss, norm)
     return after, {"loss": loss, "grad_norm": norm, "skipped": skipped}
