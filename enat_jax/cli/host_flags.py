@@ -23,12 +23,17 @@ def define(values: flags.FlagValues) -> None:
 
 
 def connect(args: flags.FlagValues, *, listens: bool = False) -> None:
-    """Meets the other processes of the run, before anything else of JAX: see `hosts.connect`."""
+    """Meets the other processes of the run, before anything else of JAX: see `hosts.connect`.
+
+    Programs that are compiled from here on are kept for the next run.
+    """
     from enat_jax.parallel import hosts
+    from enat_jax.parallel.compilation import keep_compiled_programs
 
     hosts.connect(
         args.coordinator, args.num_processes, args.process_id, wait=args.wait, listens=listens
     )
+    keep_compiled_programs()
 
 
 def end(message: str, code: int) -> int:

@@ -20,10 +20,8 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.checkpoints.tokenizer import load_tokenizer
     from enat_jax.config import load_config
     from enat_jax.evaluation.statistics import reference_statistics
-    from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.parallel.placement import Placement
 
-    keep_compiled_programs()
     config = load_config(args.config, overrides)
     size = args.size
     if size is None:

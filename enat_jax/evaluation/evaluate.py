@@ -140,7 +140,7 @@ def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]
         "strategy": dataclasses.asdict(config.strategy),
         "strategy_by_step": {  # what a strategy file held, not only where it was
             name: np.asarray(values).tolist()
-            for name, values in dataclasses.asdict(sampler.strategy()).items()
+            for name, values in dataclasses.asdict(sampler.program.strategy()).items()
         },
         "step": restored.step,
         "model": dataclasses.asdict(config.model),

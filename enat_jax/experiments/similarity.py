@@ -71,7 +71,7 @@ def similarity(
     config = restored.config
     no_tokenizer = TokenizerConfig(grid=config.tokenizer.grid)  # token ids are all that is made
     sampler = Sampler(dataclasses.replace(config, tokenizer=no_tokenizer), restored.ema)
-    layout, _ = sampler.plan()
+    layout, _ = sampler.program.plan()
     if layout.steps < 2:
         raise UserError(f"strategy.steps = {layout.steps}, must be at least 2 to compare")
     kind = getattr(config.model, "reuse", "last_layer")

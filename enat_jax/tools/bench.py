@@ -24,7 +24,7 @@ from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram, Layers, Output, abstract_params
 from enat_jax.sampling.sampler import Sampler
-from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig, decode_flops, encode_flops
+from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from enat_jax.tools.compile import unknown_sizes
 from enat_jax.training.programs import TrainingPrograms
 
@@ -146,7 +146,7 @@ def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
 
 
 def _bench_sample(sampler: Sampler, images: int, repeats: int) -> dict[str, Any]:
-    config, plan = sampler.config, sampler.plan()
+    config, plan = sampler.config, sampler.program.plan()
     layout, classes = plan[0], np.arange(images) % sampler.config.model.num_classes
     output: Output = "token_ids"
     _, given = next(sampler.batches(classes, output=output, plan=plan, run=lambda *args, **_: args))
@@ -178,8 +178,9 @@ def _bench_vqgan(config: Config, way: str, batch: int, repeats: int) -> dict[str
         vqgan = nnx.merge(graphdef, params)
         return vqgan.decode(data, grid) if decoding else vqgan.encode(data)
 
-    flops = (decode_flops if decoding else encode_flops)(cfg, sides[0])
     lowered = jax.jit(code).lower(*given)
+    cost: Any = lowered.cost_analysis()
+    flops = cost["flops"] / batch  # nearly all of convolutions
     case = _measured(way, config, batch, lowered, lambda run: run(*given), flops, repeats)
     return {**case, "pixels": sides[0]}
 

@@ -1,7 +1,6 @@
 """One optimiser step on rows that pack images with different plans."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -12,13 +11,12 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from enat_jax.config import TrainConfig
 from enat_jax.core.network import Network, RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.models.layers import UNPLACED, cast_kernels
 from enat_jax.training.losses import masked_cross_entropy
-from enat_jax.training.optim import skip_unless_finite, update_ema
-
-MeanOver = Literal["images", "tokens"]
+from enat_jax.training.optim import skip_unless_finite
 
 
 class TrainState(NamedTuple):
@@ -40,25 +38,6 @@ class Draws(NamedTuple):
 
     order: Int[Array, "b g l"]
     condition: PyTree
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """What a step computes.
-
-    Attributes:
-        class_dropout: probability that an image trains the null condition.
-        label_smoothing: of the cross-entropy.
-        mean_over: what the loss is the mean over, see `row_loss`.
-        ema_decay: of the parameters' moving average.
-        accumulation: microbatches whose gradients are averaged.
-    """
-
-    class_dropout: float = 0.235
-    label_smoothing: float = 0.1
-    mean_over: MeanOver = "images"
-    ema_decay: float = 0.9999
-    accumulation: int = 1
 
 
 def make_draws(
@@ -84,7 +63,7 @@ def row_loss(
     plans: Sequence[Plan],
     *,
     label_smoothing: float,
-    mean_over: MeanOver = "images",
+    mean_over: Literal["images", "tokens"] = "images",
     key: jax.Array | None = None,
 ) -> Float[Array, ""]:
     """Mean loss over the masked tokens of rows (ENAT section 4).
@@ -99,8 +78,7 @@ def row_loss(
         draws: reveal orders and conditions.
         plans: the plan of each image in a row.
         label_smoothing: of the cross-entropy.
-        mean_over: `images` takes the mean of every image's mean, `tokens` counts every masked
-            token of a row alike.
+        mean_over: as `TrainConfig` says.
         key: turns dropout on.
     """
     in_order = jnp.take_along_axis(token_ids, draws.order, axis=-1)
@@ -141,23 +119,16 @@ def training_step(
     graphdef: Any,
     optimizer: optax.GradientTransformation,
     plans: Sequence[Plan],
-    cfg: StepConfig,
+    cfg: TrainConfig,
+    ema_decay: float,
     placement: Any = UNPLACED,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step; jit it with everything after `key` fixed.
 
     A step whose loss or gradient is not finite changes nothing but the count of steps.
 
-    Args:
-        state: before the step.
-        token_ids: a batch of images; consecutive ones share a row.
-        condition: what they are to be generated from, leaves `[b ...]`, such as class ids.
-        key: the run's key; the step's own is folded in from `state.step`.
-        graphdef: of the network.
-        optimizer: its gradient transformation.
-        plans: the plan of each image in a row.
-        cfg: the step's settings.
-        placement: where weights and gradients lie.
+    Consecutive images of the batch share a row, with a plan for each. Conditions, such as class
+    ids, have leaves `[b ...]`. The step's own key is folded in from the run's and `state.step`.
 
     Returns:
         The state after the step; its loss, gradient norm, and 1 if it was skipped.
@@ -212,12 +183,8 @@ def training_step(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
-    after = TrainState(
-        step=state.step + 1,
-        params=params,
-        ema=update_ema(state.ema, params, cfg.ema_decay),
-        opt_state=opt_state,
-    )
+    ema: Any = optax.incremental_update(params, cast(Any, state.ema), 1 - ema_decay)
+    after = TrainState(state.step + 1, params, ema, opt_state)
     norm = optax.tree.norm(grads)
     after, skipped = skip_unless_finite(state, after, loss, norm)
     return after, {"loss": loss, "grad_norm": norm, "skipped": skipped}

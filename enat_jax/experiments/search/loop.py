@@ -80,7 +80,7 @@ def starting_numbers(cfg: SearchConfig, sampler: Sampler) -> Float[np.ndarray, "
     if cfg.start == "published":
         return parameters.clamp(parameters.published_start())
     if cfg.start == "run":
-        return parameters.numbers(sampler.strategy(steps=cfg.steps))
+        return parameters.numbers(sampler.program.strategy(steps=cfg.steps))
     try:
         return parameters.numbers(read_strategy(cfg.start, steps=cfg.steps))
     except ValueError as error:
