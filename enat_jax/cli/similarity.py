@@ -22,6 +22,5 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         images=args.images,
         samples=args.samples,
         seed=args.seed,
-        log=lambda line: print(line, flush=True),
     )
     return 0
