@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +20,13 @@ from enat_jax.config import Config, config_from_dict
 from enat_jax.convert.weight_file import about, read_weights
 from enat_jax.errors import UserError
 from enat_jax.evaluation.inception_weights import load_inception
+from enat_jax.files import Path
 from enat_jax.models.autonat import weights as autonat_weights
 from enat_jax.models.enat import weights as enat_weights
 from enat_jax.models.import_table import fill
 from enat_jax.models.networks import make_network
 from enat_jax.tokenizers import vqgan_weights
 from enat_jax.tokenizers.vqgan import VQGAN
-
-Path = str | os.PathLike[str]
 
 
 class Imported(NamedTuple):

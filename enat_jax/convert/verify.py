@@ -15,7 +15,6 @@ Of `VQGAN`, channels first and images in [0, 1]: `image` (B, 3, Y, X) with `enco
 `random_decode`. Of `Inception`: `<name>/images` (B, 3, Y, X) with `<name>/features` (B, 2048).
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from enat_jax.core.plans import Plan
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation.inception import Inception
+from enat_jax.files import Path
 from enat_jax.models.autonat.network import AutoNAT
 from enat_jax.models.enat.network import ENAT
 from enat_jax.models.flops import step_flops
@@ -73,7 +73,7 @@ class Comparison(NamedTuple):
         return f"{'FAIL' if self.fails(tolerance) else 'ok  '} {self.name}: {what}"
 
 
-def verify_files(model: nnx.Module, files: Sequence[str | os.PathLike[str]]) -> list[Comparison]:
+def verify_files(model: nnx.Module, files: Sequence[Path]) -> list[Comparison]:
     """`verify` with the arrays of each `.npz`.
 
     Raises:

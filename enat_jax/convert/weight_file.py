@@ -7,7 +7,6 @@ Nothing of a file is executed: a torch file is a zip archive of raw storages bes
 import contextlib
 import functools
 import math
-import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ from jaxtyping import Shaped
 
 from enat_jax.convert.torch_pickle import Storage, Tensor, parse_pickle
 from enat_jax.errors import UserError
+from enat_jax.files import Path
 
 _MAX_PICKLE_BYTES = 16 * 2**20  # a thousand tensors take about 200 kB
 _MAPS = {*range(0x81, 0x90), 0xDE, 0xDF}  # how a msgpack dict begins, the empty one left out
@@ -46,9 +46,7 @@ def about(path: object, otherwise: str = "") -> Iterator[None]:
         raise UserError(f"{path}: {otherwise} ({text:.200})") from error
 
 
-def read_weights(
-    path: str | os.PathLike[str], key: str | None = None
-) -> dict[str, Shaped[np.ndarray, "..."]]:
+def read_weights(path: Path, key: str | None = None) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Reads the arrays of a weight file, whose first bytes tell its kind.
 
     Args:
@@ -70,7 +68,7 @@ def read_weights(
     return arrays
 
 
-def _read(path: str | os.PathLike[str], key: str | None) -> dict[str, np.ndarray]:
+def _read(path: Path, key: str | None) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         head = file.read(9)
     if head.startswith(b"PK"):
@@ -124,7 +122,7 @@ def _listing(names: Iterable[str]) -> str:
     return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
 
 
-def _read_torch(path: str | os.PathLike[str], key: str | None) -> dict[str, np.ndarray]:
+def _read_torch(path: Path, key: str | None) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         roots = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]

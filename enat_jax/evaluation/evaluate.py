@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from enat_jax.errors import UserError, differences
 from enat_jax.evaluation.digits import real_halves
 from enat_jax.evaluation.metric import Objective, Scorer, Wants
 from enat_jax.evaluation.objective import evaluated
-from enat_jax.files import write_arrays, write_json
+from enat_jax.files import Path, write_arrays, write_json
 from enat_jax.parallel.hosts import (
     all_gather,
     from_primary,
@@ -35,7 +34,7 @@ ENOUGH = 2048  # images: fewer leave the covariance of the pool features short o
 
 def evaluate(
     restored: Restored,
-    out: str | os.PathLike[str] | None = None,
+    out: Path | None = None,
     *,
     seed: int = 0,
     say: Callable[[str], object] = print,

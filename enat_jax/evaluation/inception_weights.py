@@ -1,12 +1,12 @@
 """The import table of FID's published Inception weights."""
 
-import os
 from functools import partial
 
 from enat_jax.checkpoints.digests import file_digest
 from enat_jax.convert.weight_file import about, read_weights
 from enat_jax.errors import UserError
 from enat_jax.evaluation.inception import Inception
+from enat_jax.files import Path
 from enat_jax.models.import_table import Rule, Weights, below, fill, transpose, window_first
 
 DIGEST = "6726825d"  # of pt_inception-2015-12-05, as its file name ends
@@ -78,9 +78,7 @@ def inception_from(weights: Weights, *, dtype: str = "float32") -> Inception:
     return fill(partial(Inception, dtype=dtype), inception_rules(), weights, never_read)
 
 
-def load_inception(
-    path: str | os.PathLike[str], *, digest: str = DIGEST, dtype: str = "float32"
-) -> Inception:
+def load_inception(path: Path, *, digest: str = DIGEST, dtype: str = "float32") -> Inception:
     """FID's Inception network from its published weight file.
 
     Other weights give other scores under the same name, so the file must be the published one; a

@@ -1,6 +1,5 @@
 """Statistics of the Inception features of real images: made, written, read."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from enat_jax.errors import UserError
 from enat_jax.evaluation.frechet import Gaussian, Moments
 from enat_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES, FeatureExtractor
 from enat_jax.evaluation.inception_weights import load_inception
-from enat_jax.files import write_arrays
+from enat_jax.files import Path, write_arrays
 from enat_jax.parallel.hosts import all_gather, from_primary, is_primary, primary_only
 from enat_jax.parallel.placement import Placement
 
@@ -38,7 +37,7 @@ class Reference:
     features: Float[np.ndarray, "m p"] | None = None
 
 
-def read_reference(path: str | os.PathLike[str]) -> Reference:
+def read_reference(path: Path) -> Reference:
     """Reads statistics: `mu`, `sigma`, and where there are `mu_s`, `sigma_s`, `features`.
 
     The files of the ADM suite and of U-ViT work as they are.
@@ -79,7 +78,7 @@ def read_reference(path: str | os.PathLike[str]) -> Reference:
 def reference_statistics(
     images: ImageConfig,
     cfg: EvaluateConfig,
-    out: str | os.PathLike[str],
+    out: Path,
     *,
     size: int,
     placement: Placement,

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from enat_jax.experiments.search.evaluations import Evaluations
 from enat_jax.experiments.search.optimisers import make_optimiser
 from enat_jax.experiments.search.parameters import Parameters
 from enat_jax.experiments.table import Row, Table
-from enat_jax.files import atomic
+from enat_jax.files import Path, atomic
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
 
 
@@ -43,7 +42,7 @@ class Best(NamedTuple):
 def search(
     cfg: SearchConfig,
     restored: Restored,
-    out: str | os.PathLike[str],
+    out: Path,
     *,
     log: Callable[[str], object] = print,
 ) -> Best:

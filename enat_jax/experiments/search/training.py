@@ -1,7 +1,6 @@
 """The alternating search: training's mask ratios, then the strategy, round after round."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from enat_jax.experiments.search.config import SearchConfig
 from enat_jax.experiments.search.evaluations import Evaluations
 from enat_jax.experiments.search.loop import Best, identity, search, starting_numbers
 from enat_jax.experiments.table import Table
+from enat_jax.files import Path
 from enat_jax.sampling.sampler import Restored, restore, sampler_of
 from enat_jax.training.train import train
 
@@ -23,7 +23,7 @@ Beta = tuple[float, float]
 def alternate(
     cfg: SearchConfig,
     restored: Restored,
-    out: str | os.PathLike[str],
+    out: Path,
     *,
     log: Callable[[str], object] = print,
 ) -> Best:
