@@ -4,19 +4,16 @@ import dataclasses
 
 from absl import flags
 
-from enat_jax.cli.shared_flags import required
+from enat_jax.cli.shared_flags import required, whole_number
 
 
 def define(values: flags.FlagValues) -> None:
-    required(
-        values,
-        config="the config file",
-        topology="v5e:16x16, v5p:4x4x8, 2xv5e:16x16, h100x8, 4xh100x8",
-    )
+    topologies = "v5e:16x16, v5p:4x4x8, 2xv5e:16x16, h100x8, 4xh100x8"
+    required(values, config="the config file", topology=topologies)
     flags.DEFINE_list("programs", ["init", "train", "sample"], "init, train, sample", values)
     flags.DEFINE_bool("only_first", False, "the first training program alone", values)
     flags.DEFINE_bool("suggest", False, "also the largest batch and the remat policy", values)
-    flags.DEFINE_integer("max_compilations", 12, "of --suggest", 3, flag_values=values)
+    whole_number(values, "max_compilations", 12, "of --suggest", at_least=3)
     flags.DEFINE_string("out", None, "where to write the figures as JSON", values)
 
 
