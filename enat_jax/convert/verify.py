@@ -46,14 +46,10 @@ AUTONAT_NAMES = {"mask_len": "n_mask_next", "manual_temp": "mask_temp",
 
 
 class Comparison(NamedTuple):
-    """How far an imported network is from one recorded array.
+    """How far an imported network is from one recorded array of `size` numbers, by its key.
 
-    Attributes:
-        name: the array's key.
-        difference: the largest absolute difference, of Inception's features as a fraction of the
-            largest; or how many integers differ.
-        exact: whether it counts integers.
-        size: numbers compared.
+    The difference is the largest absolute one, of Inception's features as a fraction of the
+    largest; or, where it is `exact`, how many integers differ.
     """
 
     name: str
@@ -91,11 +87,7 @@ def verify_files(model: nnx.Module, files: Sequence[Path]) -> list[Comparison]:
 
 
 def verify(model: nnx.Module, recorded: Arrays) -> list[Comparison]:
-    """Compares a network with everything in a recording that it can replay.
-
-    Args:
-        model: an imported `ENAT`, `AutoNAT`, `VQGAN` or `Inception`, in float32.
-        recorded: arrays by key; see the head of this file.
+    """Compares a network, in float32, with everything in a recording that it can replay.
 
     Raises:
         UserError: nothing to replay, or arrays of other shapes than the network's.
@@ -201,12 +193,8 @@ def _tokens(model: ENAT | AutoNAT, recorded: Arrays) -> Replayed:
         if f"/{key}".endswith("/final_ids"):
             prefix = key.removesuffix("final_ids")
             places = prefix[: prefix.rstrip("/").rfind("/") + 1], prefix
-            own = {
-                name.removeprefix(place): array
-                for place in places
-                for name, array in recorded.items()
-                if name.startswith(place)
-            }
+            own = {name.removeprefix(place): array for place in places
+                   for name, array in recorded.items() if name.startswith(place)}  # fmt: skip
             for name, ours in _generation(model, own).items():
                 yield f"{prefix}{name}", ours
 

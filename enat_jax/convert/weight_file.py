@@ -49,10 +49,9 @@ def about(path: object, otherwise: str = "") -> Iterator[None]:
 def read_weights(path: Path, key: str | None = None) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Reads the arrays of a weight file, whose first bytes tell its kind.
 
-    Args:
-        path: a file of `torch.save` (since 1.6), of safetensors, or of `flax.serialization`.
-        key: the entry of a training checkpoint that holds the weights, dotted where it lies
-            deeper; by default `params` or `state_dict` where there is such a dict, or else all.
+    It is one of `torch.save` (since 1.6), of safetensors, or of `flax.serialization`. The key is of
+    the entry of a training checkpoint that holds the weights, dotted where it lies deeper; by
+    default `params` or `state_dict` where there is such a dict, or else all.
 
     Returns:
         Name to array, read-only and in the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`); in

@@ -88,16 +88,9 @@ def reference_statistics(
 
     Images are cropped as `tokenize` crops them, and not mirrored. Unreadable ones are named and
     skipped, up to `images.max_unreadable`. `features` are the pool features of up to 10,000
-    images spread evenly over the set, for precision and recall.
-
-    Args:
-        images: which ones.
-        cfg: where Inception's weights are.
-        out: the `.npz` to write.
-        size: pixels per side of the crops: that of the images they are to be compared with.
-        placement: of the devices that share a batch; each process reads its own share of it, and
-            the primary process adds up and writes.
-        say: called with lines for the user.
+    images spread evenly over the set, for precision and recall. Crops have `size` pixels per side:
+    as many as the images that they are to be compared with. Each process reads its own share of a
+    batch, and the primary process adds up and writes the `.npz` at `out`.
 
     Raises:
         UserError: images or weights that cannot be read, or too many unreadable images.
@@ -112,10 +105,8 @@ def reference_statistics(
     total, batch_size = len(source), cfg.batch_size * placement.batch_shards
     share = len(placement.own_rows(batch_size))
     first = jax.process_index() * share
-    spans = [
-        range(min(start + first, total), min(start + first + share, total))
-        for start in range(0, total, batch_size)
-    ]
+    spans = [range(total)[start + first : start + first + share]
+             for start in range(0, total, batch_size)]  # fmt: skip
     threads = images.read_threads
     batches = read_batches(source, spans, batch_size=share, size=size, threads=threads)
     pool, spatial = Moments.empty(POOL_FEATURES), Moments.empty(SPATIAL_FEATURES)
