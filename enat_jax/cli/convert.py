@@ -38,8 +38,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     if "config" in how:
         how["config"] = load_config(args.config, overrides)
     imported = kind.read(args.source, **how)
-    use = "" if "out" in kind.takes else "; give its path where the network is wanted"
-    print(f"{args.source} fits: {imported.what}{use}")
+    print(f"{args.source} fits: {imported.what}")
     comparisons = verify_files(imported.model, args.verify)
     tolerance = kind.tolerance if args.tolerance is None else args.tolerance
     for comparison in comparisons:

@@ -146,19 +146,14 @@ def _read_torch(path: Path, key: str | None) -> dict[str, np.ndarray]:
 
 
 def _view(name: str, tensor: Tensor, content: Callable[[Storage], np.ndarray]) -> np.ndarray:
-    """The tensor as a C-contiguous array, once it is sure to lie within its storage."""
-    shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
-    count, fits = tensor.storage.count, len(shape) == len(strides)
-    fits &= all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides))
-    if fits and 0 not in shape:
-        last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-        fits = last < count and math.prod(shape) <= count
-    if not fits:
-        raise UserError(f"{name!r:.120} does not fit its storage of {count} elements")
-    elements = content(tensor.storage)
-    if 0 in shape:
-        return np.empty(shape, elements.dtype)
-    # An axis of size 1 never steps, and its stride may be too large for numpy.
-    steps = [step * elements.itemsize * (n > 1) for n, step in zip(shape, strides, strict=True)]
-    view = np.lib.stride_tricks.as_strided(elements[offset:], shape, steps)
-    return np.ascontiguousarray(view).reshape(shape)  # as it was, if it had no axes
+    """The tensor as a C-contiguous array; NumPy makes sure that it lies within its storage."""
+    shape, count = tensor.shape, tensor.storage.count
+    with about(f"{name!r:.120}", f"does not fit its storage of {count} elements"):
+        if math.prod(shape) > count:
+            raise ValueError(f"{shape} has more")
+        elements = content(tensor.storage)
+        # An axis of size 1 never steps, and its stride may be too large for numpy.
+        size, steps = elements.itemsize, zip(shape, tensor.strides, strict=True)
+        strides = [step * size * (n > 1) for n, step in steps]
+        view = np.ndarray(shape, elements.dtype, elements, tensor.offset * size, strides)
+        return np.ascontiguousarray(view).reshape(shape)  # as it was, if it had no axes

@@ -216,23 +216,22 @@ class Inception(nnx.Module):
     """
 
     def __init__(self, *, rngs: nnx.Rngs):
-        how = {"rngs": rngs}
-        self.conv_1a = ConvNorm(3, 32, (3, 3), stride=2, padding="VALID", **how)
-        self.conv_2a = ConvNorm(32, 32, (3, 3), padding="VALID", **how)
-        self.conv_2b = ConvNorm(32, 64, (3, 3), **how)
-        self.conv_3b = ConvNorm(64, 80, **how)
-        self.conv_4a = ConvNorm(80, 192, (3, 3), padding="VALID", **how)
-        self.mixed_5b = Block(192, block_a(32), **how)
-        self.mixed_5c = Block(256, block_a(64), **how)
-        self.mixed_5d = Block(288, block_a(64), **how)
-        self.mixed_6a = Block(288, block_b(), **how)
-        self.mixed_6b = Block(768, block_c(128), **how)
-        self.mixed_6c = Block(768, block_c(160), **how)
-        self.mixed_6d = Block(768, block_c(160), **how)
-        self.mixed_6e = Block(768, block_c(192), **how)
-        self.mixed_7a = Block(768, block_d(), **how)
-        self.mixed_7b = Block(1280, block_e(average_pool_same), **how)
-        self.mixed_7c = Block(2048, block_e(max_pool_same), **how)
+        self.conv_1a = ConvNorm(3, 32, (3, 3), stride=2, padding="VALID", rngs=rngs)
+        self.conv_2a = ConvNorm(32, 32, (3, 3), padding="VALID", rngs=rngs)
+        self.conv_2b = ConvNorm(32, 64, (3, 3), rngs=rngs)
+        self.conv_3b = ConvNorm(64, 80, rngs=rngs)
+        self.conv_4a = ConvNorm(80, 192, (3, 3), padding="VALID", rngs=rngs)
+        self.mixed_5b = Block(192, block_a(32), rngs=rngs)
+        self.mixed_5c = Block(256, block_a(64), rngs=rngs)
+        self.mixed_5d = Block(288, block_a(64), rngs=rngs)
+        self.mixed_6a = Block(288, block_b(), rngs=rngs)
+        self.mixed_6b = Block(768, block_c(128), rngs=rngs)
+        self.mixed_6c = Block(768, block_c(160), rngs=rngs)
+        self.mixed_6d = Block(768, block_c(160), rngs=rngs)
+        self.mixed_6e = Block(768, block_c(192), rngs=rngs)
+        self.mixed_7a = Block(768, block_d(), rngs=rngs)
+        self.mixed_7b = Block(1280, block_e(average_pool_same), rngs=rngs)
+        self.mixed_7c = Block(2048, block_e(max_pool_same), rngs=rngs)
         shape = (POOL_FEATURES, CLASSES)
         self.classifier = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
 
@@ -259,10 +258,7 @@ class Inception(nnx.Module):
 class FeatureExtractor:
     """Features of batches of images on a mesh; compiled once for each size and type of images.
 
-    Args:
-        inception: the network.
-        placement: of the devices that share a batch.
-        at_once: images that a device looks at at a time.
+    A device looks at `at_once` images at a time.
     """
 
     def __init__(self, inception: Inception, placement: Placement, *, at_once: int = 16):

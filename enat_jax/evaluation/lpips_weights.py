@@ -39,9 +39,8 @@ def lpips_from(weights: Weights) -> LPIPS:
 def load_lpips(paths: Sequence[Path]) -> LPIPS:
     """The distance from its published files.
 
-    Args:
-        paths: torchvision's `vgg16-397923af.pth` and LPIPS's `vgg.pth` (version 0.1), in any
-            order; or one file with the tensors of both.
+    They are torchvision's `vgg16-397923af.pth` and LPIPS's `vgg.pth` (version 0.1), in any order;
+    or one file with the tensors of both.
 
     Raises:
         UserError: files that cannot be read, that share a tensor, or that do not fit.

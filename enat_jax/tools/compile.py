@@ -89,13 +89,10 @@ def unknown_sizes(config: Config) -> list[str]:
 def programs(
     config: Config, placement: Placement, kinds: Sequence[str] = KINDS, *, only_first: bool = False
 ) -> Iterator[Program]:
-    """The programs of a run, of the kinds asked for.
+    """The programs of a run on devices that need not be there, of the kinds asked for.
 
-    Args:
-        config: the experiment.
-        placement: on devices that need not be there.
-        kinds: any of `init`, `train` (as many as `train.programs`) and `sample` (token ids).
-        only_first: only the first of the training programs, which differ in their plans alone.
+    These are `init`, `train` (as many as `train.programs`, which differ in their plans alone; or
+    `only_first`) and `sample` (token ids).
 
     Raises:
         UserError: an unknown kind, a config that leaves numbers to the records, or a batch that
