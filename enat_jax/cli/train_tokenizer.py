@@ -18,6 +18,5 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.training.train_tokenizer import train_tokenizer
 
     keep_compiled_programs()
-    config = load_tokenizer_config(args.config, overrides)
-    train_tokenizer(config, args.workdir)
+    train_tokenizer(load_tokenizer_config(args.config, overrides), args.workdir)
     return 0

@@ -49,15 +49,9 @@ def read_images(
 class Reconstructions:
     """Held-out images, kept in memory on every process, and the compiled pass over them.
 
-    Args:
-        graphdef: of the VQGAN.
-        codes: in its codebook.
-        images: what to reconstruct.
-        placement: of the devices that share a batch.
-        name: what the log calls them.
-        batch_size: images per call, rounded up to what the devices can share.
-        pictures: images in the picture.
-        inception: FID's published weights; empty leaves rFID out.
+    The graphdef is of a VQGAN with so many `codes`; the log calls the images by their `name`; the
+    first `pictures` of them are shown. `batch_size` is rounded up to what the devices can share.
+    `inception` names FID's published weights; empty leaves rFID out.
     """
 
     def __init__(

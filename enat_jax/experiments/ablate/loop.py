@@ -135,12 +135,7 @@ def _measure(
 
 def _with_weights(point: Point, sampler: Sampler | None, log: Callable[[str], object]) -> Sampler:
     """A point's sampler: the one given, if any, which then takes the weights of the point's run."""
-    restored = restore(point.workdir, warn=log)
-    if restored.step != point.checkpoint:
-        raise UserError(
-            f"{point.workdir} has a checkpoint of step {restored.step} now, it had one of step"
-            f" {point.checkpoint}"
-        )
+    restored = restore(point.workdir, step=point.checkpoint, warn=log)
     if sampler is None:
         return sampler_of(restored._replace(config=point.config))
     sampler.update(restored.ema)
