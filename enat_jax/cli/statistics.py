@@ -3,15 +3,13 @@
 from absl import flags
 
 from enat_jax.cli import host_flags
-from enat_jax.cli.shared_flags import required
+from enat_jax.cli.shared_flags import required, whole_number
 from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
     required(values, config="the config file", out="the .npz to write")
-    flags.DEFINE_integer(
-        "size", None, "pixels per side; the config's by default", lower_bound=1, flag_values=values
-    )
+    whole_number(values, "size", None, "pixels per side; the config's by default")
     host_flags.define(values)
 
 

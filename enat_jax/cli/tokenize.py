@@ -3,13 +3,13 @@
 from absl import flags
 
 from enat_jax.cli import host_flags
-from enat_jax.cli.shared_flags import required
+from enat_jax.cli.shared_flags import required, whole_number
 from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
     required(values, config="the config file")
-    flags.DEFINE_integer("batch_size", 16, "images per device", lower_bound=1, flag_values=values)
+    whole_number(values, "batch_size", 16, "images per device")
     flags.DEFINE_string("check", None, "a .png: decode some of the records into it", values)
     host_flags.define(values)
 
