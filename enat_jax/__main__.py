@@ -1,6 +1,7 @@
 """The command line: `enat VERB --flag=value ...`, one verb per job."""
 
 import importlib
+import io
 import sys
 from typing import NoReturn
 
@@ -71,7 +72,9 @@ def main(arguments: list[str]) -> int:
 
 
 def run() -> NoReturn:
-    """The console script."""
+    """The console script, whose lines are seen at once, in files and pipes as well."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     sys.exit(main(sys.argv[1:]))
 
 

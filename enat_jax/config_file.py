@@ -13,11 +13,11 @@ import ast
 import copy
 import dataclasses
 import difflib
-import importlib.util
 import itertools
 import math
 import operator
 import os
+import runpy
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,31 +41,22 @@ def limited(default: T, **limits: int | float) -> T:
     """A field of numbers: one, or a tuple all of whose elements are limited.
 
     Numbers are finite, and integers below 2**31 in size where they have no upper limit of their
-    own. `core` and `models`, which know no configs, write what this returns.
-
-    Args:
-        default: the field's default.
-        limits: of `at_least`, `above`, `at_most`, `below`; `or_zero=True` allows 0 besides.
+    own. `core` and `models`, which know no configs, write what this returns. The limits are any of
+    `at_least`, `above`, `at_most`, `below`; `or_zero=True` allows 0 besides.
     """
     return dataclasses.field(default=default, metadata=limits)
 
 
 def base(file: str, name: str) -> ConfigDict:
-    """The config that another config starts from.
-
-    Args:
-        file: the config file that asks: its `__file__`.
-        name: the other's path, relative to it.
-    """
+    """The config that another, of this `__file__`, starts from; `name` is a path relative to it."""
     return _get_config(os.path.join(os.path.dirname(file), name))
 
 
 def read_fields(path: str) -> dict[str, Any]:
     """The fields of a config file as nested dicts.
 
-    Args:
-        path: a Python file with `get_config() -> ml_collections.ConfigDict`; after a colon, an
-            argument for it.
+    It is a Python file with `get_config() -> ml_collections.ConfigDict`; after a colon, `path` may
+    hold an argument for that.
 
     Raises:
         UserError: a file that is missing, fails, or gives no ConfigDict.
@@ -111,11 +102,7 @@ def _get_config(path: str) -> ConfigDict:
     if not os.path.isfile(file):
         raise UserError(f"no config file {file!r}")
     try:
-        spec = importlib.util.spec_from_file_location("enat_jax_config", file)
-        if spec is None or spec.loader is None:
-            raise ImportError("it must be a Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = types.SimpleNamespace(**runpy.run_path(file))
         config = module.get_config(*([argument] if argument else []))
     except Exception as error:
         raise UserError(f"config file {file}: {type(error).__name__}: {error}") from error
@@ -191,7 +178,7 @@ def _apply(rule: Any, config: Any, path: str, wrong: dict[str, list[str]]) -> No
         if not fit(*values):
             wrong[names[0]] = [f"{shown[0]} {limit.format(*shown)}"]
     except ValueError as error:
-        wrong[names[0]] = [str(error)]
+        wrong[names[0]] = [f"{names[0]}: {error}"]
 
 
 def _within(name: str, section: str) -> bool:

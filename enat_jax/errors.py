@@ -14,11 +14,9 @@ class UserError(ValueError):
 
 
 def differences(there: Any, here: Any) -> str:
-    """What differs, in a line that names the fields; empty for nothing.
+    """What differs from a record that was written, in a line that names the fields, or empty.
 
-    Args:
-        there: the record that was written.
-        here: the other one, as JSON can hold it.
+    What is `here` is something that JSON can hold.
     """
     phrases = list(_differences(there, json.loads(json.dumps(here)), ""))
     more = f" and {len(phrases) - _NAMED} more" if len(phrases) > _NAMED else ""

@@ -26,11 +26,7 @@ _MOST_NAMED = 3  # files named in one line
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """SHA-256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -47,11 +43,7 @@ def weights_digest(params: nnx.State) -> str:
 
 
 def write_digests(directory: epath.Path) -> None:
-    """Writes length and CRC-32 of all files of a checkpoint beside them, in an atomic file.
-
-    Raises:
-        OSError: a file cannot be read or written.
-    """
+    """Writes length and CRC-32 of all files of a checkpoint beside them, in an atomic file."""
     files = _digests(directory, _names(directory))
     unfinished = directory / "digests.0-of-1.unfinished"
     unfinished.write_text(json.dumps({"crc32": _crc_of_all(files), "files": files}))
@@ -61,12 +53,7 @@ def write_digests(directory: epath.Path) -> None:
 def find_corruption(directory: epath.Path, trees: Collection[str]) -> str:
     """Compares a checkpoint's files with their digests; names those that differ, "" for none.
 
-    Args:
-        directory: the checkpoint; files in it that have no digest do not matter.
-        trees: the folders to look into. The files beside them always count.
-
-    Raises:
-        OSError: the directory cannot be read.
+    Files without a digest do not matter, nor folders but `trees`; the files beside them always do.
     """
     saved: dict[str, list[int]] = {}
     for path in directory.iterdir():

@@ -23,12 +23,9 @@ CHECKPOINTS = "checkpoints"  # folder of a workdir
 def load_tokenizer(
     cfg: TokenizerConfig, codebook_size: int, placement: Placement | None = None
 ) -> Tokenizer | None:
-    """The tokenizer a config names, None for `none`.
+    """The tokenizer a config names, None for `none`; its weights as `load_vqgan` has them.
 
-    Args:
-        cfg: the config's section.
-        codebook_size: of the network that is to use it; 0 takes the tokenizer's.
-        placement: on whose devices the weights are to be replicated; the first device by default.
+    `codebook_size` is that of the network that is to use it; 0 takes the tokenizer's.
 
     Raises:
         UserError: no weights where the config says, or ones of another codebook size.
@@ -49,12 +46,9 @@ def load_tokenizer(
 def load_vqgan(
     path: str | os.PathLike[str], *, dtype: str = "float32", placement: Placement | None = None
 ) -> tuple[VQGANConfig, nnx.State]:
-    """Reads a VQGAN's EMA from a workdir.
+    """Reads a VQGAN's EMA from a workdir of `train_tokenizer` or `convert --kind=vqgan`.
 
-    Args:
-        path: a workdir of `train_tokenizer` or `convert --kind=vqgan`.
-        dtype: of activations.
-        placement: on whose devices they are to be replicated; the first device by default.
+    It is replicated on the placement's devices; on the first device by default.
 
     Raises:
         CheckpointError: no readable checkpoint of a VQGAN there.
@@ -69,10 +63,8 @@ def load_vqgan(
     cfg = make_config(VQGANConfig, metadata["vqgan"])
     cfg = dataclasses.replace(cfg, dtype=dtype)
     sharding = placement.replicated if placement else None
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_vqgan(cfg)[1],
-    )
+    shapes = abstract_vqgan(cfg)[1]
+    target = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), shapes)
     restored = checkpoints.restore({"ema": target})
     assert restored is not None  # its metadata were there
     return cfg, restored[1]["ema"]

@@ -16,10 +16,5 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.experiments.ablate.loop import ablate
 
     # no programs kept from earlier processes: what compiling takes is measured
-    ablate(
-        read_config(AblateConfig, args.config, overrides),
-        args.out,
-        workdir=args.workdir,
-        log=lambda line: print(line, flush=True),
-    )
+    ablate(read_config(AblateConfig, args.config, overrides), args.out, workdir=args.workdir)
     return 0

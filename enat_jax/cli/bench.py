@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from enat_jax.cli.shared_flags import required
+from enat_jax.cli.shared_flags import required, whole_number
 from enat_jax.errors import UserError
 
 
@@ -17,9 +17,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("dtypes", [], "float32, bfloat16; the config's by default", values)
     flags.DEFINE_enum("layers", "auto", ["auto", "stacked", "unstacked"],
                       "how the sampler lays out depth", values)  # fmt: skip
-    flags.DEFINE_integer(
-        "repeats", 5, "timed calls of each case", lower_bound=1, flag_values=values
-    )
+    whole_number(values, "repeats", 5, "timed calls of each case")
     flags.DEFINE_string("out", None, "where to write the JSON as well", values)
 
 

@@ -1,23 +1,19 @@
 """Compiles a run's programs for devices that are not here: what fits, bytes, FLOPs."""
 
 import dataclasses
-import functools
 
 from absl import flags
 
-from enat_jax.cli.shared_flags import required
+from enat_jax.cli.shared_flags import required, whole_number
 
 
 def define(values: flags.FlagValues) -> None:
-    required(
-        values,
-        config="the config file",
-        topology="v5e:16x16, v5p:4x4x8, 2xv5e:16x16, h100x8, 4xh100x8",
-    )
+    topologies = "v5e:16x16, v5p:4x4x8, 2xv5e:16x16, h100x8, 4xh100x8"
+    required(values, config="the config file", topology=topologies)
     flags.DEFINE_list("programs", ["init", "train", "sample"], "init, train, sample", values)
     flags.DEFINE_bool("only_first", False, "the first training program alone", values)
     flags.DEFINE_bool("suggest", False, "also the largest batch and the remat policy", values)
-    flags.DEFINE_integer("max_compilations", 12, "of --suggest", 3, flag_values=values)
+    whole_number(values, "max_compilations", 12, "of --suggest", at_least=3)
     flags.DEFINE_string("out", None, "where to write the figures as JSON", values)
 
 
@@ -26,35 +22,34 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
 
     # this process compiles on its CPU, whatever else the machine has
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # see compile_program
+    # JAX's cache writes programs for described devices, but cannot read them without the real ones
+    jax.config.update("jax_enable_compilation_cache", False)
     from enat_jax.config import load_config
     from enat_jax.errors import UserError
     from enat_jax.files import write_json
     from enat_jax.parallel.accelerators import accelerator_of
     from enat_jax.parallel.placement import Placement
     from enat_jax.parallel.topologies import describe
-    from enat_jax.tools.compile import HEADER, answers_folder, compile_programs, programs, suggest
+    from enat_jax.tools.compile import HEADER, compile_programs, programs, suggest
 
     config = load_config(args.config, overrides)
     devices = describe(args.topology)
-    mesh, folder = config.mesh, answers_folder()
-    kind = devices[0].device_kind
+    mesh, kind = config.mesh, devices[0].device_kind
     accelerator = accelerator_of(kind)
     if args.suggest and accelerator is None:
         raise UserError(f"--suggest: the memory of {kind!r} is not known")
     print(f"{args.topology}: {len(devices)} x {kind}, mesh data={mesh.data}"
           f" fsdp={mesh.fsdp} tensor={mesh.tensor} {mesh.placement}, remat {config.model.remat},"
-          f" batch {config.train.batch_size}; all figures of one device", flush=True)  # fmt: skip
-    print(HEADER, flush=True)
+          f" batch {config.train.batch_size}; all figures of one device")  # fmt: skip
+    print(HEADER)
     reports, fits = [], []
     placement = Placement.of(mesh, devices)
     wanted = programs(config, placement, args.programs, only_first=args.only_first)
-    for report in compile_programs(wanted, folder):
+    for report in compile_programs(wanted):
         reports.append(report)
-        print(report.line(), flush=True)
+        print(report.line())
     if args.suggest:
-        log = functools.partial(print, flush=True)
-        fits = suggest(config, devices, folder, most=args.max_compilations, log=log)
+        fits = suggest(config, devices, most=args.max_compilations)
     if args.out:
         write_json(args.out, {
             "topology": args.topology, "devices": len(devices), "device_kind": kind,

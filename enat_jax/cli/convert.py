@@ -8,7 +8,6 @@ from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the verb's flags."""
     flags.DEFINE_enum("kind", None, ["enat", "autonat", "vqgan", "inception"],
                       "whose weights; inception's are read straight from the published file and"
                       " are only checked here", values, required=True)  # fmt: skip
@@ -25,7 +24,6 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
-    """Does the job; returns the exit code."""
     from enat_jax.config import load_config
     from enat_jax.convert.published import KINDS, write_checkpoint
     from enat_jax.convert.verify import verify_files
@@ -38,8 +36,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     if "config" in how:
         how["config"] = load_config(args.config, overrides)
     imported = kind.read(args.source, **how)
-    use = "" if "out" in kind.takes else "; give its path where the network is wanted"
-    print(f"{args.source} fits: {imported.what}{use}")
+    print(f"{args.source} fits: {imported.what}")
     comparisons = verify_files(imported.model, args.verify)
     tolerance = kind.tolerance if args.tolerance is None else args.tolerance
     for comparison in comparisons:

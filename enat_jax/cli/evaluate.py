@@ -10,9 +10,8 @@ from enat_jax.cli.shared_flags import generates, restored
 
 def define(values: flags.FlagValues) -> None:
     generates(values)
-    flags.DEFINE_string(
-        "out", None, "the .json to write; what is stopped goes on from beside it", values
-    )
+    goes_on = "the .json to write; what is stopped goes on from beside it"
+    flags.DEFINE_string("out", None, goes_on, values)
     host_flags.define(values)
 
 

@@ -5,30 +5,29 @@ import traceback
 
 from absl import flags
 
+from enat_jax.cli.shared_flags import whole_number
+
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags; a cluster that JAX knows tells their values by itself."""
-    flags.DEFINE_string(
-        "coordinator", None, "host:port of process 0, where there are several", values
-    )
-    flags.DEFINE_integer(
-        "num_processes", None, "how many processes make up the run", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "process_id", None, "which of them this one is, from 0", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "wait", 300, "seconds to wait for the others", lower_bound=1, flag_values=values
-    )
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, if there are more", values)
+    whole_number(values, "num_processes", None, "how many processes make up the run")
+    whole_number(values, "process_id", None, "which of them this one is, from 0", at_least=0)
+    whole_number(values, "wait", 300, "seconds to wait for the others")
 
 
 def connect(args: flags.FlagValues, *, listens: bool = False) -> None:
-    """Meets the other processes of the run, before anything else of JAX: see `hosts.connect`."""
+    """Meets the other processes of the run, before anything else of JAX: see `hosts.connect`.
+
+    Programs that are compiled from here on are kept for the next run.
+    """
     from enat_jax.parallel import hosts
+    from enat_jax.parallel.compilation import keep_compiled_programs
 
     hosts.connect(
         args.coordinator, args.num_processes, args.process_id, wait=args.wait, listens=listens
     )
+    keep_compiled_programs()
 
 
 def end(message: str, code: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from enat_jax.cli import host_flags
-from enat_jax.cli.shared_flags import generates, restored
+from enat_jax.cli.shared_flags import generates, restored, whole_number
 from enat_jax.errors import UserError
 
 
@@ -17,7 +17,7 @@ def define(values: flags.FlagValues) -> None:
                       "a labelled grid, single PNGs, the ADM suite's npz, or token ids",
                       values)  # fmt: skip
     flags.DEFINE_list("classes", [], "class ids, such as 3,7; all by default", values)
-    flags.DEFINE_integer("per_class", 10, "images of each class", lower_bound=1, flag_values=values)
+    whole_number(values, "per_class", 10, "images of each class")
     host_flags.define(values)
 
 

@@ -14,6 +14,13 @@ def required(values: flags.FlagValues, **meanings: str) -> None:
         flags.DEFINE_string(name, None, meaning, values, required=True)
 
 
+def whole_number(
+    values: flags.FlagValues, name: str, default: int | None, meaning: str, at_least: int = 1
+) -> None:
+    """A flag of a whole number."""
+    flags.DEFINE_integer(name, default, meaning, at_least, flag_values=values)
+
+
 def generates(values: flags.FlagValues, *, seed: bool = True, **needed: str) -> None:
     """Flags of a verb that generates from a run's weights."""
     required(values, workdir="a run, or its checkpoints", **needed)

@@ -2,26 +2,18 @@
 
 from absl import flags
 
-from enat_jax.cli.shared_flags import generates, restored
+from enat_jax.cli.shared_flags import generates, restored, whole_number
 
 
 def define(values: flags.FlagValues) -> None:
     generates(values, out="the folder to write")
-    flags.DEFINE_integer("images", 3, "images to show maps of", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer(
-        "samples", 1000, "images to average over", lower_bound=1, flag_values=values
-    )
+    whole_number(values, "images", 3, "images to show maps of")
+    whole_number(values, "samples", 1000, "images to average over")
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.experiments.similarity import similarity
 
-    similarity(
-        restored(args, overrides),
-        args.out,
-        images=args.images,
-        samples=args.samples,
-        seed=args.seed,
-        log=lambda line: print(line, flush=True),
-    )
+    shown = {"images": args.images, "samples": args.samples, "seed": args.seed}
+    similarity(restored(args, overrides), args.out, **shown)
     return 0

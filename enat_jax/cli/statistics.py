@@ -3,15 +3,13 @@
 from absl import flags
 
 from enat_jax.cli import host_flags
-from enat_jax.cli.shared_flags import required
+from enat_jax.cli.shared_flags import required, whole_number
 from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
     required(values, config="the config file", out="the .npz to write")
-    flags.DEFINE_integer(
-        "size", None, "pixels per side; the config's by default", lower_bound=1, flag_values=values
-    )
+    whole_number(values, "size", None, "pixels per side; the config's by default")
     host_flags.define(values)
 
 
@@ -20,10 +18,8 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.checkpoints.tokenizer import load_tokenizer
     from enat_jax.config import load_config
     from enat_jax.evaluation.statistics import reference_statistics
-    from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.parallel.placement import Placement
 
-    keep_compiled_programs()
     config = load_config(args.config, overrides)
     size = args.size
     if size is None:

@@ -3,13 +3,13 @@
 from absl import flags
 
 from enat_jax.cli import host_flags
-from enat_jax.cli.shared_flags import required
+from enat_jax.cli.shared_flags import required, whole_number
 from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
     required(values, config="the config file")
-    flags.DEFINE_integer("batch_size", 16, "images per device", lower_bound=1, flag_values=values)
+    whole_number(values, "batch_size", 16, "images per device")
     flags.DEFINE_string("check", None, "a .png: decode some of the records into it", values)
     host_flags.define(values)
 
@@ -20,26 +20,16 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.config import load_config
     from enat_jax.data.preview import preview
     from enat_jax.data.tokenize import tokenize
-    from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.parallel.hosts import is_primary, primary_only
     from enat_jax.parallel.placement import Placement
 
-    keep_compiled_programs()
     config = load_config(args.config, overrides)
     placement = Placement.of(config.mesh).local  # each host works on images of its own
     tokenizer = load_tokenizer(config.tokenizer, config.model.codebook_size, placement)
     if tokenizer is None:
         raise UserError("config: tokenizer.name = 'none' makes no tokens")
-    tokenize(
-        config.images,
-        tokenizer,
-        config.data.name,
-        config.data.data_dir,
-        grid=config.tokenizer.grid,
-        batch_size=args.batch_size * placement.batch_shards,
-        placement=placement,
-        log=primary_only(print),
-    )
+    size, log = args.batch_size * placement.batch_shards, primary_only(print)
+    tokenize(config, tokenizer, batch_size=size, placement=placement, log=log)
     if args.check and is_primary():
         preview(config.data, tokenizer, args.check)
         print(f"decoded some of the records into {args.check}")

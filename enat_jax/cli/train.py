@@ -14,9 +14,7 @@ def define(values: flags.FlagValues) -> None:
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     host_flags.connect(args, listens=True)
     from enat_jax.config import load_config
-    from enat_jax.parallel.compilation import keep_compiled_programs
     from enat_jax.training.train import train
 
-    keep_compiled_programs()
     train(load_config(args.config, overrides), args.workdir)
     return 0

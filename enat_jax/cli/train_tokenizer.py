@@ -2,22 +2,16 @@
 
 from absl import flags
 
-from enat_jax.cli import host_flags
-from enat_jax.cli.shared_flags import required
+from enat_jax.cli import host_flags, train
 
-
-def define(values: flags.FlagValues) -> None:
-    required(values, config="the config file", workdir="where the run lives")
-    host_flags.define(values)
+define = train.define
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     host_flags.connect(args, listens=True)
-    from enat_jax.config import load_tokenizer_config
-    from enat_jax.parallel.compilation import keep_compiled_programs
+    from enat_jax.config import TokenizerRunConfig
+    from enat_jax.config_file import read_config
     from enat_jax.training.train_tokenizer import train_tokenizer
 
-    keep_compiled_programs()
-    config = load_tokenizer_config(args.config, overrides)
-    train_tokenizer(config, args.workdir)
+    train_tokenizer(read_config(TokenizerRunConfig, args.config, overrides), args.workdir)
     return 0

@@ -1,9 +1,9 @@
 """Turns published weights into a checkpoint that `sample` and `train` understand."""
 
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +21,13 @@ from enat_jax.config import Config, config_from_dict
 from enat_jax.convert.weight_file import about, read_weights
 from enat_jax.errors import UserError
 from enat_jax.evaluation.inception_weights import load_inception
+from enat_jax.files import Path
 from enat_jax.models.autonat import weights as autonat_weights
 from enat_jax.models.enat import weights as enat_weights
 from enat_jax.models.import_table import fill
 from enat_jax.models.networks import make_network
 from enat_jax.tokenizers import vqgan_weights
 from enat_jax.tokenizers.vqgan import VQGAN
-
-Path = str | os.PathLike[str]
 
 
 class Imported(NamedTuple):
@@ -48,15 +47,11 @@ class Imported(NamedTuple):
 def read_network(
     name: str, table: ModuleType, source: Path, config: Config | None = None, key: str | None = None
 ) -> Imported:
-    """Reads the published weights of a network that predicts tokens.
+    """Reads the published weights of a network that predicts tokens, by its import table.
 
-    Args:
-        name: which network, as `model.name` has it.
-        table: its import table.
-        source: a `.pth` or `.safetensors` file.
-        config: says what weights cannot (heads; ENAT's encoder depth); by default it is read from
-            a `config.json` beside the source, with the reference's `num_heads` and `enc_dec`.
-        key: which entry of a training checkpoint holds the weights.
+    The config says what weights cannot (heads; ENAT's encoder depth); by default it is read from a
+    `config.json` beside the source, with the reference's `num_heads` and `enc_dec`. The key is of
+    the entry of a training checkpoint that holds the weights.
 
     Raises:
         UserError: an unreadable file, or weights that do not fit, every tensor named.
@@ -157,9 +152,6 @@ def write_checkpoint(imported: Imported, out: Path) -> None:
     if Checkpoints(folder, read_only=True).steps():
         raise UserError(f"{folder} holds checkpoints already: nothing is written over")
     params = nnx.state(imported.model, nnx.Param)
-    checkpoints = Checkpoints(folder)
-    try:
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
         trees = {"params": params, "ema": jax.tree.map(lambda x: x, params)}
         checkpoints.save(0, trees, metadata=imported.metadata)
-    finally:
-        checkpoints.close()

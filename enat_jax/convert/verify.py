@@ -1,21 +1,15 @@
 """Replays arrays recorded from an original network on the imported one.
 
 An array's key says what it is of; arrays of other keys are left alone. Of `ENAT` and `AutoNAT`,
-below any prefix or none:
-
-* a forward pass: `ids` (B, L), mask ids among them, with `logits` (B, L, V), `feat` (B, L, D) and
-  `masking` (B, L) beside them, and one `context` (B, 1) of class ids in the file. ENAT's passes
-  `<chain>/0/`, `<chain>/1/`, ... reuse each other's features;
-* a generation: `final_ids` (B, L) with what `_generation` returns of every step; there or one
-  prefix up `labels` (B, 1), the noise `gumbel_sample` (T, B, L, V) and `gumbel_conf` (T, B, L),
-  and the strategy (T,), `n_mask_next`, `mask_temp`, `samp_temp` and `cfg_scale`.
+below any prefix or none, a forward pass: `ids` (B, L), mask ids among them, with `logits`
+(B, L, V), `feat` (B, L, D) and `masking` (B, L) beside them, and one `context` (B, 1) of class ids
+in the file. ENAT's passes `<chain>/0/`, `<chain>/1/`, ... reuse each other's features.
 
 Of `VQGAN`, channels first and images in [0, 1]: `image` (B, 3, Y, X) with `encoder_out`
 (B, C, V, U), `indices` (B, V, U) and their `decode` (B, 3, Y, X); `random_ids` (B, V, U) with
 `random_decode`. Of `Inception`: `<name>/images` (B, 3, Y, X) with `<name>/features` (B, 2048).
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,33 +21,24 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from enat_jax.convert.weight_file import about
-from enat_jax.core.generate import Layout, StepRecord, TracedStrategy, generate, plan_generation
 from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
-from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation.inception import Inception
+from enat_jax.files import Path
 from enat_jax.models.autonat.network import AutoNAT
 from enat_jax.models.enat.network import ENAT
-from enat_jax.models.flops import step_flops
 from enat_jax.tokenizers.vqgan import VQGAN
 
 Arrays = Mapping[str, np.ndarray]
 Replayed = Iterator[tuple[str, Any]]  # keys, and our arrays for them
 
-AUTONAT_NAMES = {"mask_len": "n_mask_next", "manual_temp": "mask_temp",
-                 "manual_samp_temp": "samp_temp", "manual_cfg": "cfg_scale"}  # fmt: skip
-
 
 class Comparison(NamedTuple):
-    """How far an imported network is from one recorded array.
+    """How far an imported network is from one recorded array of `size` numbers, by its key.
 
-    Attributes:
-        name: the array's key.
-        difference: the largest absolute difference, of Inception's features as a fraction of the
-            largest; or how many integers differ.
-        exact: whether it counts integers.
-        size: numbers compared.
+    The difference is the largest absolute one, of Inception's features as a fraction of the
+    largest; or, where it is `exact`, how many integers differ.
     """
 
     name: str
@@ -73,7 +58,7 @@ class Comparison(NamedTuple):
         return f"{'FAIL' if self.fails(tolerance) else 'ok  '} {self.name}: {what}"
 
 
-def verify_files(model: nnx.Module, files: Sequence[str | os.PathLike[str]]) -> list[Comparison]:
+def verify_files(model: nnx.Module, files: Sequence[Path]) -> list[Comparison]:
     """`verify` with the arrays of each `.npz`.
 
     Raises:
@@ -91,11 +76,7 @@ def verify_files(model: nnx.Module, files: Sequence[str | os.PathLike[str]]) -> 
 
 
 def verify(model: nnx.Module, recorded: Arrays) -> list[Comparison]:
-    """Compares a network with everything in a recording that it can replay.
-
-    Args:
-        model: an imported `ENAT`, `AutoNAT`, `VQGAN` or `Inception`, in float32.
-        recorded: arrays by key; see the head of this file.
+    """Compares a network, in float32, with everything in a recording that it can replay.
 
     Raises:
         UserError: nothing to replay, or arrays of other shapes than the network's.
@@ -107,10 +88,11 @@ def verify(model: nnx.Module, recorded: Arrays) -> list[Comparison]:
     if not ours:
         raise UserError(f"nothing to verify among the keys {sorted(recorded)[:8]} ...")
     relative = isinstance(model, Inception)
-    return [_compare(key, x, recorded[key], relative) for key, x in ours.items()]
+    return [compare(key, x, recorded[key], relative) for key, x in ours.items()]
 
 
-def _compare(name: str, ours: np.ndarray, theirs: np.ndarray, relative: bool) -> Comparison:
+def compare(name: str, ours: np.ndarray, theirs: np.ndarray, relative: bool = False) -> Comparison:
+    """Compares two arrays; `relative` where differences are fractions of the largest number."""
     if ours.shape != theirs.shape:
         raise UserError(f"{name}: recorded {theirs.shape}, the network gives {ours.shape}")
     if theirs.dtype.kind in "biu":
@@ -185,7 +167,7 @@ def _read_in_order(
 
 
 def _tokens(model: ENAT | AutoNAT, recorded: Arrays) -> Replayed:
-    """All forward passes, links of a chain in their order; then all generations."""
+    """All forward passes, links of a chain in their order."""
     passes: dict[str, Pass] = {}
     for key in sorted(recorded, key=lambda key: (len(key), key)):
         prefix = key.removesuffix("ids")
@@ -197,78 +179,6 @@ def _tokens(model: ENAT | AutoNAT, recorded: Arrays) -> Replayed:
             passes[prefix] = replay(model, recorded[key], recorded["context"][:, 0], before)
             for name, ours in zip(("logits", "feat", "masking"), passes[prefix], strict=True):
                 yield f"{prefix}{name}", ours
-    for key in recorded:
-        if f"/{key}".endswith("/final_ids"):
-            prefix = key.removesuffix("final_ids")
-            places = prefix[: prefix.rstrip("/").rfind("/") + 1], prefix
-            own = {
-                name.removeprefix(place): array
-                for place in places
-                for name, array in recorded.items()
-                if name.startswith(place)
-            }
-            for name, ours in _generation(model, own).items():
-                yield f"{prefix}{name}", ours
-
-
-def _generation(model: ENAT | AutoNAT, recorded: Arrays) -> dict[str, np.ndarray]:
-    """What our own sampler decides on the recorded noise, in raster order.
-
-    Returns:
-        `final_ids` (B, L); `is_mask` (T, B, L) before every step; and of the tokens masked then
-        `sampled_ids`, `sampled_logp` and `confidence` (T, B, L), and `logits`, `cond_logits` and
-        `uncond_logits` (T, B, L, V), those recorded, of other tokens as they were recorded.
-    """
-    given = {AUTONAT_NAMES.get(name, name): array for name, array in recorded.items()}
-    masked_after, labels = given["n_mask_next"], given["labels"][:, 0].astype(np.int32)
-    cfg, steps = model.cfg, len(masked_after)
-    strategy = GenerationStrategy(
-        mask_ratio=np.append((masked_after[:-1] + 0.5) / cfg.length, 0.0),
-        choice_temperature=np.append(given["mask_temp"], 0.0)[:steps],
-        sampling_temperature=np.maximum(given["samp_temp"], 1e-4),
-        guidance_scale=given["cfg_scale"],
-    )
-    reads = {"reuse": cfg.carries_features, "reads_masked": cfg.carries_masked_features}
-    cost = partial(step_flops, cfg)
-    layout, traced = plan_generation(strategy, cfg.length, cost, buckets=1, **reads)
-    noise = given["gumbel_sample"], given["gumbel_conf"]
-    final, (records,) = _run(_generate, model, (layout,), labels, traced, *noise)
-    positions, logits, conditional, unconditional, sampled, confidence, _ = map(np.asarray, records)
-    decided = {
-        "is_mask": np.ones_like(positions, bool),
-        "sampled_ids": sampled,
-        "sampled_logp": np.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0],
-        "confidence": confidence,
-        "logits": logits,
-        "cond_logits": conditional,
-    }
-    if layout.buckets[0].guided:
-        decided["uncond_logits"] = unconditional
-    exists = np.arange(positions.shape[2]) < np.asarray(traced.masked)[:, None, None]
-    exists = np.broadcast_to(exists, positions.shape)  # the others pad the bucket
-    where = *np.nonzero(exists)[:2], positions[exists]
-    ours = {name: given[name].copy() for name in decided if name in given}
-    ours["is_mask"] = np.zeros((steps, *final.shape), bool)
-    for name, array in ours.items():
-        array[where] = decided[name][exists]
-    return {"final_ids": np.asarray(final), **ours}
-
-
-def _generate(
-    model: ENAT | AutoNAT,
-    class_ids: Array,
-    strategy: TracedStrategy,
-    token_noise: Float[Array, "t b l v"],
-    choice_noise: Float[Array, "t b l"],
-    layout: Layout,
-) -> tuple[Array, list[StepRecord]]:
-    """Generates on noise that was recorded by position instead of drawn."""
-
-    def noise(step: Array, positions: Array) -> tuple[Array, Array]:
-        tokens = jnp.take_along_axis(token_noise[step], positions[..., None], axis=1)
-        return tokens, jnp.take_along_axis(choice_noise[step], positions, axis=1)
-
-    return generate(model, class_ids, strategy, noise, layout=layout)
 
 
 def _vqgan(model: VQGAN, recorded: Arrays) -> Replayed:

@@ -7,7 +7,6 @@ Nothing of a file is executed: a torch file is a zip archive of raw storages bes
 import contextlib
 import functools
 import math
-import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ from jaxtyping import Shaped
 
 from enat_jax.convert.torch_pickle import Storage, Tensor, parse_pickle
 from enat_jax.errors import UserError
+from enat_jax.files import Path
 
 _MAX_PICKLE_BYTES = 16 * 2**20  # a thousand tensors take about 200 kB
 _MAPS = {*range(0x81, 0x90), 0xDE, 0xDF}  # how a msgpack dict begins, the empty one left out
@@ -46,15 +46,12 @@ def about(path: object, otherwise: str = "") -> Iterator[None]:
         raise UserError(f"{path}: {otherwise} ({text:.200})") from error
 
 
-def read_weights(
-    path: str | os.PathLike[str], key: str | None = None
-) -> dict[str, Shaped[np.ndarray, "..."]]:
+def read_weights(path: Path, key: str | None = None) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Reads the arrays of a weight file, whose first bytes tell its kind.
 
-    Args:
-        path: a file of `torch.save` (since 1.6), of safetensors, or of `flax.serialization`.
-        key: the entry of a training checkpoint that holds the weights, dotted where it lies
-            deeper; by default `params` or `state_dict` where there is such a dict, or else all.
+    It is one of `torch.save` (since 1.6), of safetensors, or of `flax.serialization`. The key is of
+    the entry of a training checkpoint that holds the weights, dotted where it lies deeper; by
+    default `params` or `state_dict` where there is such a dict, or else all.
 
     Returns:
         Name to array, read-only and in the file's dtypes (bfloat16 as `ml_dtypes.bfloat16`); in
@@ -70,7 +67,7 @@ def read_weights(
     return arrays
 
 
-def _read(path: str | os.PathLike[str], key: str | None) -> dict[str, np.ndarray]:
+def _read(path: Path, key: str | None) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         head = file.read(9)
     if head.startswith(b"PK"):
@@ -124,7 +121,7 @@ def _listing(names: Iterable[str]) -> str:
     return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
 
 
-def _read_torch(path: str | os.PathLike[str], key: str | None) -> dict[str, np.ndarray]:
+def _read_torch(path: Path, key: str | None) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         roots = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -149,19 +146,14 @@ def _read_torch(path: str | os.PathLike[str], key: str | None) -> dict[str, np.n
 
 
 def _view(name: str, tensor: Tensor, content: Callable[[Storage], np.ndarray]) -> np.ndarray:
-    """The tensor as a C-contiguous array, once it is sure to lie within its storage."""
-    shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
-    count, fits = tensor.storage.count, len(shape) == len(strides)
-    fits &= all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides))
-    if fits and 0 not in shape:
-        last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-        fits = last < count and math.prod(shape) <= count
-    if not fits:
-        raise UserError(f"{name!r:.120} does not fit its storage of {count} elements")
-    elements = content(tensor.storage)
-    if 0 in shape:
-        return np.empty(shape, elements.dtype)
-    # An axis of size 1 never steps, and its stride may be too large for numpy.
-    steps = [step * elements.itemsize * (n > 1) for n, step in zip(shape, strides, strict=True)]
-    view = np.lib.stride_tricks.as_strided(elements[offset:], shape, steps)
-    return np.ascontiguousarray(view).reshape(shape)  # as it was, if it had no axes
+    """The tensor as a C-contiguous array; NumPy makes sure that it lies within its storage."""
+    shape, count = tensor.shape, tensor.storage.count
+    with about(f"{name!r:.120}", f"does not fit its storage of {count} elements"):
+        if math.prod(shape) > count:
+            raise ValueError(f"{shape} has more")
+        elements = content(tensor.storage)
+        # An axis of size 1 never steps, and its stride may be too large for numpy.
+        size, steps = elements.itemsize, zip(shape, tensor.strides, strict=True)
+        strides = [step * size * (n > 1) for n, step in steps]
+        view = np.ndarray(shape, elements.dtype, elements, tensor.offset * size, strides)
+        return np.ascontiguousarray(view).reshape(shape)  # as it was, if it had no axes

@@ -71,12 +71,8 @@ def training_batches(cfg: DataConfig, share: Share, *, seed: int) -> grain.Datas
 
     All processes walk one stream of records together: epoch after epoch, each shuffled anew. Hence
     every epoch's records are seen once each, by exactly one process, also where they do not divide
-    evenly, and a step holds the same records in the same rows on any number of processes.
-
-    Args:
-        cfg: The records.
-        share: Which of them, from where on; a batch may exceed the number of records.
-        seed: Decides the order, in [0, 2**32).
+    evenly, and a step holds the same records in the same rows on any number of processes. A batch
+    may exceed the number of records. `seed`, in [0, 2**32), decides their order.
 
     Returns:
         An iterator of `{"token_ids": int32 [b, n], "class_ids": int32 [b]}` in NumPy arrays, of
@@ -85,7 +81,6 @@ def training_batches(cfg: DataConfig, share: Share, *, seed: int) -> grain.Datas
     Raises:
         UserError: as in `record_info`, and for records that cannot be read, or whose length,
             token ids or labels contradict the metadata: here with `cfg.cache`, else on reading.
-        ValueError: `seed` out of range.
     """
     info, records = open_records(cfg)
     cached = _decode_all(info, records) if cfg.cache else None
@@ -112,22 +107,13 @@ def shuffled(count: int, seed: int) -> grain.MapDataset:
 
 def own_part(stream: grain.MapDataset, share: Share) -> grain.MapDataset:
     """A process's examples, step after step: `len(share.own_rows)` of each."""
-    source: Any = _OwnPart(stream, share)
-    return grain.MapDataset.source(source)
+    rows = share.own_rows.tolist()
 
+    def example(index: int) -> Any:
+        step, row = divmod(index, len(rows))
+        return stream[share.first + step * share.batch_size + rows[row]]
 
-class _OwnPart:
-    """What Grain calls a source, over another stream."""
-
-    def __init__(self, stream: grain.MapDataset, share: Share):
-        self._stream, self._share, self._rows = stream, share, share.own_rows.tolist()
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> Any:
-        step, row = divmod(int(index), len(self._rows))
-        return self._stream[self._share.first + step * self._share.batch_size + self._rows[row]]
+    return grain.MapDataset.range(sys.maxsize).map(example)
 
 
 def open_records(cfg: DataConfig) -> tuple[RecordInfo, Prepared]:
@@ -177,10 +163,8 @@ def _decode(info: RecordInfo, records: Prepared, indices: Sequence[int]) -> Colu
         ("tokens", tokens, info.codebook_size),
         ("label", labels, info.num_classes),
     ):
-        low, high = values.min(), values.max()
-        if low < 0 or high >= limit:
-            wrong = low if low < 0 else high
+        if (wrong := values[(values < 0) | (values >= limit)]).size:
             raise UserError(
-                f"{records.where}: a record has {field} = {wrong}, must lie in [0, {limit})"
+                f"{records.where}: a record has {field} = {wrong[0]}, must lie in [0, {limit})"
             )
     return tokens.astype(np.uint16), labels.astype(np.int32)

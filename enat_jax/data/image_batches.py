@@ -1,7 +1,6 @@
 """Batches of images: shuffled without end, for training, or each image once and in order."""
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
+from enat_jax.config import TokenizerRunConfig
 from enat_jax.data.batches import Share, own_part, shuffled
 from enat_jax.data.images import ImageSource, UnreadableImage
 from enat_jax.errors import UserError
@@ -20,46 +20,33 @@ _AHEAD = 2  # batches being read while another is in use
 def image_batches(
     source: ImageSource,
     share: Share,
+    config: TokenizerRunConfig,
     *,
-    size: int,
-    random_crops: bool,
-    max_unreadable: float,
-    seed: int,
-    threads: int,
     warn: Callable[[str], object],
 ) -> grain.DatasetIterator:
     """An endless stream of shuffled batches, mirrored half of the time; this process's part of it.
 
     All processes walk one stream of images together, epoch after epoch, each shuffled anew; a step
-    holds the same images, cropped alike, in the same rows on any number of processes. An image that
-    cannot be decoded is replaced by the next that can be.
-
-    Args:
-        source: the images.
-        share: which of them, from where on.
-        size: pixels per side.
-        random_crops: whether to crop at random; else the image's centre is taken.
-        max_unreadable: most images that may be unreadable, as a share of all; more are a UserError.
-        seed: decides order, crops and mirroring; in [0, 2**32).
-        threads: that read.
-        warn: called with a line for every unreadable image, once.
+    holds the same images, cropped alike (at random or in the centre), in the same rows on any
+    number of processes. An image that cannot be decoded is replaced by the next that can be: `warn`
+    is called with a line for each, once, and more than the share `images.max_unreadable` of all are
+    a UserError. `train.seed` decides order, crops and mirroring.
 
     Returns:
-        An iterator of uint8 `[b, size, size, 3]`, of the share's own rows.
+        An iterator of uint8 `[b y x 3]`, `train.image_size` pixels a side, of the share's own rows.
     """
-    unreadable: set[int] = set()
-    lock = threading.Lock()
+    cfg, max_unreadable = config.train, config.images.max_unreadable
+    threads, unreadable = config.images.read_threads, set[int]()
 
-    def read(index: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:
+    def read(index: int, rng: np.random.Generator) -> UInt8[np.ndarray, "y x 3"]:
         while True:
             index %= len(source)
             try:
-                image = source.read(index, size, rng if random_crops else None)
+                image = source.read(index, cfg.image_size, rng if cfg.random_crops else None)
                 return np.ascontiguousarray(image[:, ::-1]) if rng.integers(2) else image
             except UnreadableImage as error:
-                with lock:
-                    is_new = index not in unreadable
-                    unreadable.add(index)
+                is_new = index not in unreadable
+                unreadable.add(index)
                 if len(unreadable) > max_unreadable * len(source):
                     raise UserError(
                         f"{error}: {len(unreadable)} of {len(source)} images are unreadable,"
@@ -69,21 +56,16 @@ def image_batches(
                     warn(f"skipped {error}")
             index += 1
 
-    images = own_part(shuffled(len(source), seed).random_map(read), share)
+    images = own_part(shuffled(len(source), cfg.seed).random_map(read), share)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * _PREFETCH)
     batches = images.batch(len(share.own_rows), drop_remainder=True)
     return iter(batches.to_iter_dataset(options))
 
 
 class ImageBatch(NamedTuple):
-    """Some images of a source; rows that hold none are blank.
+    """Some images of a source: row `i` is for image `span[i]`, and blank unless `readable[i]`.
 
-    Attributes:
-        span: which images: row `i` is for image `span[i]`.
-        images: their pixels.
-        labels: their class ids.
-        readable: which rows hold an image.
-        unreadable: the images that are left out.
+    `unreadable` are the images that are left out.
     """
 
     span: range
@@ -96,14 +78,7 @@ class ImageBatch(NamedTuple):
 def read_batches(
     source: ImageSource, spans: Sequence[range], *, batch_size: int, size: int, threads: int
 ) -> Iterator[ImageBatch]:
-    """Centre crops of the images in each span, one batch per span, in order.
-
-    Args:
-        source: The images.
-        spans: Which images make up a batch, at most `batch_size` each.
-        batch_size: Rows of every batch.
-        size: Pixels per side.
-        threads: How many threads read, ahead of their use.
+    """Centre crops of the images in each span, at most `batch_size`: one batch per span, in order.
 
     Raises:
         UserError: an image without a class.

@@ -70,12 +70,7 @@ class ImageSource:
     def read(
         self, index: int, size: int, rng: np.random.Generator | None = None
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """One image as a square crop.
-
-        Args:
-            index: which, in [0, count).
-            size: pixels per side.
-            rng: for a random crop; the centre crop without.
+        """One image as a square crop: at random with `rng`, else its centre.
 
         Raises:
             UnreadableImage: it cannot be decoded.

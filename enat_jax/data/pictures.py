@@ -22,11 +22,7 @@ def image_grid(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Arranges images in rows; a label stands above the first image of each run of equal labels.
 
-    Args:
-        images: at least one image.
-        labels: one per image.
-        columns: images per row; by default a row per label where all labels are equally frequent,
-            else a square.
+    By default there is a row per label where all labels are equally frequent, else a square.
     """
     count, height, width, _ = images.shape
     per_row = columns or _columns(labels)
@@ -79,11 +75,6 @@ def write_npz(
     """Writes `arr_0` (uint8 NHWC) and `arr_1` (labels), as the ADM evaluation suite reads them.
 
     One batch is held at a time; the file has its name only once it is whole.
-
-    Args:
-        path: ends in `.npz`.
-        batches: images of one size, as many in all as there are class ids.
-        class_ids: one per image.
     """
     count = 0
     with atomic(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:

@@ -15,13 +15,9 @@ from enat_jax.tokenizers.protocol import Tokenizer, as_uint8
 def preview(
     cfg: DataConfig, tokenizer: Tokenizer, out: str | os.PathLike[str], *, count: int = 16
 ) -> None:
-    """Decodes a few records to a labelled PNG, mirror images beside their originals.
+    """Decodes `count` records, two or more, evenly spaced over the data set, to a labelled PNG.
 
-    Args:
-        cfg: The records.
-        tokenizer: What they were made with.
-        out: The PNG to write.
-        count: How many records, two or more, evenly spaced over the data set.
+    Mirror images stand beside their originals.
 
     Raises:
         UserError: the records are missing or unreadable, or were made by another tokenizer.

@@ -31,17 +31,13 @@ class RecordPlan:
 
     Attributes:
         name: TFDS name of the data set.
-        tokenizer: Name of the tokenizer.
-        tokenizer_digest: Its weights, in hexadecimal digits.
-        codebook_size: Number of its token ids, at most 65536.
-        grid: Rows and columns of tokens.
-        image_size: Pixels per side of the square crops.
-        flips: Whether each image is followed by its mirror image.
-        source: Which images, for people.
-        source_digest: Which images, exactly.
-        num_images: How many there are, unreadable ones included.
-        class_names: Names of the classes by class id.
-        shard_size: Images per shard.
+        codebook_size: at most 65536.
+        grid: rows and columns of tokens.
+        image_size: pixels per side of the square crops.
+        flips: whether each image is followed by its mirror image.
+        source: which images, for people; `source_digest` says it exactly.
+        num_images: unreadable ones included.
+        shard_size: images per shard.
     """
 
     name: str
@@ -75,14 +71,9 @@ class RecordFolder:
     comes last of all. So whatever a killed run leaves is complete or not looked at, and the bytes
     of a shard follow from the plan and the tokens alone.
 
-    Args:
-        plan: What the shards hold.
-        data_dir: Folder of the prepared data sets; for several processes one that they share.
-
     Raises:
         UserError: an impossible name, or a folder that another plan was begun in: which values
             differ.
-        OSError: a folder that cannot be written to.
     """
 
     def __init__(self, plan: RecordPlan, data_dir: str | os.PathLike[str]):
@@ -136,18 +127,7 @@ class RecordFolder:
         flipped: Bool[np.ndarray, " b"],
         skipped: Mapping[str, str],
     ) -> None:
-        """Writes one shard.
-
-        Args:
-            shard: which, in [0, num_shards).
-            tokens: the records' token ids.
-            labels: their class ids.
-            flipped: whether they are of mirror images.
-            skipped: the shard's images without records: name -> reason.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Writes one shard; `skipped` are its images without records: name -> reason."""
         with atomic(self._shard(shard), partial=_partial()) as part:
             try:
                 # TFDS's own choice: each record can be read alone.

@@ -1,7 +1,6 @@
 """From images to token records, batch by batch on all devices."""
 
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Int32, PyTree, UInt8
 from tqdm import tqdm
 
+from enat_jax.config import Config
 from enat_jax.data.image_batches import read_batches
 from enat_jax.data.images import ImageConfig, ImageSource, open_images
 from enat_jax.data.prepared import shipped
@@ -27,17 +27,14 @@ T = TypeVar("T")
 
 
 def tokenize(
-    images: ImageConfig,
+    config: Config,
     tokenizer: Tokenizer,
-    out_name: str,
-    data_dir: str | os.PathLike[str],
     *,
-    grid: tuple[int, int],
     batch_size: int,
     placement: Placement,
     log: Callable[[str], object] = print,
 ) -> None:
-    """Writes the token records of all images, or those that an earlier run did not get to.
+    """Writes the records `data` of all `images`, or those that an earlier run did not get to.
 
     Several processes share the work shard by shard, each on its own devices, without waiting for
     each other before the end. Batches all have one shape, never reach into another shard, and
@@ -47,31 +44,25 @@ def tokenize(
     two codes are equally near but for rounding.
 
     Args:
-        images: Which images.
-        tokenizer: What makes tokens of them.
-        out_name: TFDS name of the records.
-        data_dir: Folder of the prepared data sets; one that all processes share.
-        grid: Rows and columns of tokens, equally many.
-        batch_size: Images read per batch and process; as many again are made by mirroring.
-        placement: Of the devices; batches are split over this process's own.
-        log: Called with lines for the user.
+        config: of its sections `images`, `data` and `tokenizer`; all processes share `data_dir`.
+        tokenizer: the config's, loaded.
+        batch_size: images read per batch and process, equally many on each of its devices; as
+            many again are made by mirroring.
+        placement: of this process's own devices, over which batches are split.
+        log: called with lines for the user.
 
     Raises:
         UserError: arguments that do not fit, images or records that cannot be opened, more
             unreadable images than allowed; complete shards are kept.
     """
-    placement = placement.local
-    if shipped(out_name):
-        raise UserError(f"out_name = {out_name!r} is a data set of the project's own")
+    images, data, grid = config.images, config.data, config.tokenizer.grid
+    if shipped(data.name):
+        raise UserError(f"data.name = {data.name!r} is a data set of the project's own")
     if grid[0] != grid[1]:
-        raise UserError(f"grid = {grid[0]} x {grid[1]}, must be square: crops are")
-    if batch_size % placement.batch_shards:
-        raise UserError(
-            f"batch_size = {batch_size}, must be a multiple of {placement.batch_shards} devices"
-        )
+        raise UserError(f"tokenizer.grid = {grid[0]} x {grid[1]}, must be square: crops are")
     source = open_images(images)
     plan = RecordPlan(
-        name=out_name,
+        name=data.name,
         tokenizer=tokenizer.name,
         tokenizer_digest=tokenizer.digest,
         codebook_size=tokenizer.codebook_size,
@@ -84,7 +75,7 @@ def tokenize(
         class_names=source.class_names,
         shard_size=images.shard_size,
     )
-    folder = RecordFolder(plan, data_dir)
+    folder = RecordFolder(plan, data.data_dir)
     if folder.finished:
         log(f"{folder.path} is complete already: {folder.num_skipped()} images were skipped")
         return

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,14 +17,9 @@ from enat_jax.errors import UserError, differences
 from enat_jax.evaluation.digits import real_halves
 from enat_jax.evaluation.metric import Objective, Scorer, Wants
 from enat_jax.evaluation.objective import evaluated
-from enat_jax.files import write_arrays, write_json
-from enat_jax.parallel.hosts import (
-    all_gather,
-    from_primary,
-    is_primary,
-    primary_only,
-    require_agreement,
-)
+from enat_jax.files import Path, write_arrays, write_json
+from enat_jax.parallel import hosts
+from enat_jax.parallel.hosts import from_primary, is_primary
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
 from enat_jax.tokenizers.protocol import as_uint8
@@ -35,7 +29,7 @@ ENOUGH = 2048  # images: fewer leave the covariance of the pool features short o
 
 def evaluate(
     restored: Restored,
-    out: str | os.PathLike[str] | None = None,
+    out: Path | None = None,
     *,
     seed: int = 0,
     say: Callable[[str], object] = print,
@@ -47,21 +41,16 @@ def evaluate(
     goes on from there, on the same or another number of processes; the file is removed when the
     result is written. The primary process alone reads and writes; all call it together.
 
-    Args:
-        restored: the generator and its config.
-        out: the `.json` to write; nothing is written or saved by default.
-        seed: of the noise.
-        say: called with lines for the user.
-
     Returns:
-        What is written: `scores` by protocol, and everything that determines them.
+        What is written to the `.json` at `out`, if any: `scores` by protocol, and everything that
+        determines them.
 
     Raises:
         UserError: weights or reference statistics that are missing or wrong, a generator without
             a tokenizer, features that are not finite, or an unfinished evaluation of something
             else beside `out`.
     """
-    say = primary_only(say)
+    say = hosts.primary_only(say)
     config, cfg = restored.config, restored.config.evaluate
     objectives = evaluated(config, Placement.of(config.mesh))
     sampler = sampler_of(restored)
@@ -74,7 +63,7 @@ def evaluate(
     if cfg.metrics == "inception" and cfg.precision_recall and "recall" not in names:
         say(f"no precision and recall: {cfg.reference} holds no features of single images")
     about = _identity(restored, sampler, seed)
-    require_agreement(about)
+    hosts.require_agreement(about)
     scorers: dict[Wants, Scorer] = {each.wants: each.start() for each in objectives}
     unfinished = None if out is None else _Unfinished(f"{out}.unfinished.npz", about, scorers)
     done = saved = from_primary(unfinished.read) if unfinished else 0
@@ -121,13 +110,8 @@ def _looks(
     output: Wants = "token_ids" if objectives[0].wants == "token_ids" else "floats"
     as_levels = jax.jit(as_uint8)
     for count, made in sampler.batches(classes, output=output, seed=seed, first=first):
-        yield (
-            count,
-            {
-                each.wants: each.look(as_levels(made) if each.wants == "uint8" else made)
-                for each in objectives
-            },
-        )
+        yield count, {each.wants: each.look(as_levels(made) if each.wants == "uint8" else made)
+                      for each in objectives}  # fmt: skip
 
 
 def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]:
@@ -140,11 +124,11 @@ def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]
         "strategy": dataclasses.asdict(config.strategy),
         "strategy_by_step": {  # what a strategy file held, not only where it was
             name: np.asarray(values).tolist()
-            for name, values in dataclasses.asdict(sampler.strategy()).items()
+            for name, values in dataclasses.asdict(sampler.program.strategy()).items()
         },
         "step": restored.step,
         "model": dataclasses.asdict(config.model),
-        "model_digest": weights_digest(jax.tree.map(all_gather, restored.ema)),
+        "model_digest": weights_digest(jax.tree.map(hosts.all_gather, restored.ema)),
         "tokenizer": config.tokenizer.name,
         "tokenizer_dtype": config.tokenizer.dtype,
         "tokenizer_digest": sampler.tokenizer.digest if sampler.tokenizer else "",
@@ -186,9 +170,6 @@ class _Unfinished:
 
     def write(self, done: int) -> None:
         """Saves what was added up of so many images."""
-        arrays = {
-            f"{wants}/{name}": array
-            for wants, scorer in self._scorers.items()
-            for name, array in scorer.arrays().items()
-        }
+        arrays = {f"{wants}/{name}": array for wants, scorer in self._scorers.items()
+                  for name, array in scorer.arrays().items()}  # fmt: skip
         write_arrays(self._path, {"about": json.dumps(self._about), "done": done, **arrays})

@@ -44,8 +44,7 @@ class Moments(NamedTuple):
             UserError: a feature that is infinite or not a number.
         """
         rows = features.astype(np.float64)
-        wrong = np.sum(~np.isfinite(rows).all(axis=1))
-        if wrong:
+        if wrong := np.sum(~np.isfinite(rows).all(axis=1)):
             raise UserError(f"features of {wrong} of {len(rows)} images are infinite or NaN")
         if not len(rows):
             return self
@@ -96,10 +95,7 @@ def frechet(
 ) -> Metric:
     """The metric of the distance to real images: FID, on Inception's pool features.
 
-    Args:
-        name: of the number.
-        real: of the real images' features.
-        features: takes them, `[b p]`, from what is seen of images; that itself by default.
+    `features` takes those, `[b p]`, from what is seen of images; that itself by default.
     """
     return Metric(
         names=(name,),

@@ -72,8 +72,8 @@ average_pool_same = partial(
 class ConvNorm(nnx.Module):
     """Convolution without bias, batch normalisation by frozen statistics, ReLU.
 
-    Operands in `dtype`, normalised in float32. Where `dtype` is float32, products are float32 on
-    every accelerator (TPUs and GPUs would round the operands), so that scores are comparable.
+    Products are float32 on every accelerator (TPUs and GPUs would round the operands), so that
+    scores are comparable.
     """
 
     def __init__(
@@ -84,10 +84,9 @@ class ConvNorm(nnx.Module):
         *,
         stride: int = 1,
         padding: str = "SAME",
-        dtype: str,
         rngs: nnx.Rngs,
     ):
-        self.stride, self.padding, self.dtype = stride, padding, dtype
+        self.stride, self.padding = stride, padding
         shape = (*window, features_in, features_out)
         self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), shape))
         self.scale = nnx.Param(jnp.ones(features_out))
@@ -98,8 +97,8 @@ class ConvNorm(nnx.Module):
     def __call__(self, x: Float[Array, "b y x i"]) -> Float[Array, "b v u o"]:
         """Applies the layer to images with channels last."""
         y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
+            x,
+            self.kernel[...],
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -107,7 +106,7 @@ class ConvNorm(nnx.Module):
         )
         scale = self.scale[...] * jax.lax.rsqrt(self.variance[...] + EPSILON)
         offset = self.bias[...] - self.mean[...] * scale
-        return jax.nn.relu(y.astype(jnp.float32) * scale + offset).astype(self.dtype)
+        return jax.nn.relu(y * scale + offset)
 
 
 class Conv(NamedTuple):
@@ -189,15 +188,14 @@ def block_e(pool: Callable[[Array], Array]) -> Branches:
 class Block(nnx.Module):
     """Branches beside each other, whose channels are concatenated in their order."""
 
-    def __init__(self, features_in: int, branches: Branches, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, features_in: int, branches: Branches, *, rngs: nnx.Rngs):
         self.branches = branches
         for branch in branches:
             features = features_in
             for conv in (layer for layer in branch if isinstance(layer, Conv)):
-                how: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-                if conv.stride > 1:
-                    how |= {"stride": conv.stride, "padding": "VALID"}
-                layer = ConvNorm(features, conv.features, (conv.rows, conv.columns), **how)
+                padding, window = "SAME" if conv.stride == 1 else "VALID", (conv.rows, conv.columns)
+                how: dict[str, Any] = {"stride": conv.stride, "padding": padding, "rngs": rngs}
+                layer = ConvNorm(features, conv.features, window, **how)
                 setattr(self, f"branch{conv.name}", layer)
                 features = conv.features
 
@@ -214,29 +212,26 @@ class Block(nnx.Module):
 class Inception(nnx.Module):
     """FID's InceptionV3, from images to `Features`.
 
-    Args:
-        dtype: of the convolutions' operands; scores to be compared with others' need float32.
-        rngs: draws the weights, which mean nothing until published ones replace them.
+    Weights that are drawn mean nothing until published ones replace them.
     """
 
-    def __init__(self, *, dtype: str = "float32", rngs: nnx.Rngs):
-        how = {"dtype": dtype, "rngs": rngs}
-        self.conv_1a = ConvNorm(3, 32, (3, 3), stride=2, padding="VALID", **how)
-        self.conv_2a = ConvNorm(32, 32, (3, 3), padding="VALID", **how)
-        self.conv_2b = ConvNorm(32, 64, (3, 3), **how)
-        self.conv_3b = ConvNorm(64, 80, **how)
-        self.conv_4a = ConvNorm(80, 192, (3, 3), padding="VALID", **how)
-        self.mixed_5b = Block(192, block_a(32), **how)
-        self.mixed_5c = Block(256, block_a(64), **how)
-        self.mixed_5d = Block(288, block_a(64), **how)
-        self.mixed_6a = Block(288, block_b(), **how)
-        self.mixed_6b = Block(768, block_c(128), **how)
-        self.mixed_6c = Block(768, block_c(160), **how)
-        self.mixed_6d = Block(768, block_c(160), **how)
-        self.mixed_6e = Block(768, block_c(192), **how)
-        self.mixed_7a = Block(768, block_d(), **how)
-        self.mixed_7b = Block(1280, block_e(average_pool_same), **how)
-        self.mixed_7c = Block(2048, block_e(max_pool_same), **how)
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.conv_1a = ConvNorm(3, 32, (3, 3), stride=2, padding="VALID", rngs=rngs)
+        self.conv_2a = ConvNorm(32, 32, (3, 3), padding="VALID", rngs=rngs)
+        self.conv_2b = ConvNorm(32, 64, (3, 3), rngs=rngs)
+        self.conv_3b = ConvNorm(64, 80, rngs=rngs)
+        self.conv_4a = ConvNorm(80, 192, (3, 3), padding="VALID", rngs=rngs)
+        self.mixed_5b = Block(192, block_a(32), rngs=rngs)
+        self.mixed_5c = Block(256, block_a(64), rngs=rngs)
+        self.mixed_5d = Block(288, block_a(64), rngs=rngs)
+        self.mixed_6a = Block(288, block_b(), rngs=rngs)
+        self.mixed_6b = Block(768, block_c(128), rngs=rngs)
+        self.mixed_6c = Block(768, block_c(160), rngs=rngs)
+        self.mixed_6d = Block(768, block_c(160), rngs=rngs)
+        self.mixed_6e = Block(768, block_c(192), rngs=rngs)
+        self.mixed_7a = Block(768, block_d(), rngs=rngs)
+        self.mixed_7b = Block(1280, block_e(average_pool_same), rngs=rngs)
+        self.mixed_7c = Block(2048, block_e(max_pool_same), rngs=rngs)
         shape = (POOL_FEATURES, CLASSES)
         self.classifier = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
 
@@ -254,8 +249,8 @@ class Inception(nnx.Module):
     def __call__(self, images: Float[Array, "b y x 3"]) -> Features:
         """Features of images in [0, 1] of any size."""
         stages = self.stages(resize(images))
-        pool = jnp.mean(stages.mixed_7c.astype(jnp.float32), axis=(1, 2))
-        spatial = rearrange(stages.mixed_6d[..., :7], "b y x i -> b (y x i)").astype(jnp.float32)
+        pool = jnp.mean(stages.mixed_7c, axis=(1, 2))
+        spatial = rearrange(stages.mixed_6d[..., :7], "b y x i -> b (y x i)")
         logits = jnp.matmul(pool, self.classifier[...], precision=jax.lax.Precision.HIGHEST)
         return Features(pool, spatial, logits)
 
@@ -263,10 +258,7 @@ class Inception(nnx.Module):
 class FeatureExtractor:
     """Features of batches of images on a mesh; compiled once for each size and type of images.
 
-    Args:
-        inception: the network.
-        placement: of the devices that share a batch.
-        at_once: images that a device looks at at a time.
+    A device looks at `at_once` images at a time.
     """
 
     def __init__(self, inception: Inception, placement: Placement, *, at_once: int = 16):

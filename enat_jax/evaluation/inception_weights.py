@@ -1,12 +1,12 @@
 """The import table of FID's published Inception weights."""
 
-import os
-from functools import partial
+from flax import nnx
 
 from enat_jax.checkpoints.digests import file_digest
 from enat_jax.convert.weight_file import about, read_weights
 from enat_jax.errors import UserError
-from enat_jax.evaluation.inception import Inception
+from enat_jax.evaluation.inception import Block, Branches, Conv, Inception
+from enat_jax.files import Path
 from enat_jax.models.import_table import Rule, Weights, below, fill, transpose, window_first
 
 DIGEST = "6726825d"  # of pt_inception-2015-12-05, as its file name ends
@@ -19,27 +19,6 @@ LAYERS = [
     ("Conv2d_3b_1x1", "conv_3b"),
     ("Conv2d_4a_3x3", "conv_4a"),
 ]
-
-# PyTorch's blocks by their kind; ours are called the same in lower case
-BLOCKS = {
-    "A": "Mixed_5b Mixed_5c Mixed_5d",
-    "B": "Mixed_6a",
-    "C": "Mixed_6b Mixed_6c Mixed_6d Mixed_6e",
-    "D": "Mixed_7a",
-    "E": "Mixed_7b Mixed_7c",
-}
-
-# layers of a block by its kind; here the names are the same
-BRANCHES = {
-    "A": """branch1x1 branch5x5_1 branch5x5_2 branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3
-            branch_pool""",
-    "B": "branch3x3 branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3",
-    "C": """branch1x1 branch7x7_1 branch7x7_2 branch7x7_3 branch7x7dbl_1 branch7x7dbl_2
-            branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5 branch_pool""",
-    "D": "branch3x3_1 branch3x3_2 branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4",
-    "E": """branch1x1 branch3x3_1 branch3x3_2a branch3x3_2b branch3x3dbl_1 branch3x3dbl_2
-            branch3x3dbl_3a branch3x3dbl_3b branch_pool""",
-}
 
 # within a layer: PyTorch name, our name, what happens to the tensor
 TABLE = [
@@ -59,37 +38,32 @@ def never_read(name: str) -> bool:
     return name.endswith(".num_batches_tracked") or name == "fc.bias"
 
 
-def block_rules(kind: str) -> list[Rule]:
-    """The rules within a block of a kind, A to E."""
-    return [rule for name in BRANCHES[kind].split() for rule in below(TABLE, name, name)]
+def block_rules(branches: Branches) -> list[Rule]:
+    """The rules within a block, whose layers are called the same in the file."""
+    layers = [layer for branch in branches for layer in branch if isinstance(layer, Conv)]
+    names = dict.fromkeys(f"branch{layer.name}" for layer in layers)
+    return [rule for name in names for rule in below(TABLE, name, name)]
 
 
 def inception_rules() -> list[Rule]:
-    """One rule per parameter and statistic of `Inception`."""
+    """One rule per parameter and statistic of `Inception`, whose blocks begin with a capital."""
     table = [rule for layer in LAYERS for rule in below(TABLE, *layer)]
-    for kind, names in BLOCKS.items():
-        for name in names.split():
-            table += below(block_rules(kind), name, name.lower())
+    for name, block in vars(nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))).items():
+        if isinstance(block, Block):
+            table += below(block_rules(block.branches), name.capitalize(), name)
     return [*table, Rule("fc.weight", "classifier", transpose)]
 
 
-def inception_from(weights: Weights, *, dtype: str = "float32") -> Inception:
-    """The network with given PyTorch weights, kept in float32; see `import_table.apply_rules`."""
-    return fill(partial(Inception, dtype=dtype), inception_rules(), weights, never_read)
+def inception_from(weights: Weights) -> Inception:
+    """The network with given PyTorch weights; see `import_table.apply_rules`."""
+    return fill(Inception, inception_rules(), weights, never_read)
 
 
-def load_inception(
-    path: str | os.PathLike[str], *, digest: str = DIGEST, dtype: str = "float32"
-) -> Inception:
+def load_inception(path: Path, *, digest: str = DIGEST) -> Inception:
     """FID's Inception network from its published weight file.
 
     Other weights give other scores under the same name, so the file must be the published one; a
-    user who wants another on purpose names its digest.
-
-    Args:
-        path: `pt_inception-2015-12-05-6726825d.pth`, or another file of such tensors.
-        digest: how the hexadecimal SHA-256 of the file begins.
-        dtype: of the convolutions' operands.
+    user who wants another on purpose names its digest: how the file's hexadecimal SHA-256 begins.
 
     Raises:
         UserError: a file that cannot be read, of another digest, or with tensors that do not fit.
@@ -103,4 +77,4 @@ def load_inception(
             )
     weights = read_weights(path)
     with about(path):
-        return inception_from(weights, dtype=dtype)
+        return inception_from(weights)

@@ -1,6 +1,5 @@
 """The import table of LPIPS's published weights: torchvision's VGG16 and the linear layers."""
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from enat_jax.convert.weight_file import about, read_weights
 from enat_jax.errors import UserError
 from enat_jax.evaluation.lpips import LPIPS
+from enat_jax.files import Path
 from enat_jax.models.import_table import Rule, Weights, below, fill, flatten, window_first
 
 # position of each convolution in torchvision's list of layers, stage by stage
@@ -36,12 +36,11 @@ def lpips_from(weights: Weights) -> LPIPS:
     return fill(LPIPS, rules(), weights, never_read)
 
 
-def load_lpips(paths: Sequence[str | os.PathLike[str]]) -> LPIPS:
+def load_lpips(paths: Sequence[Path]) -> LPIPS:
     """The distance from its published files.
 
-    Args:
-        paths: torchvision's `vgg16-397923af.pth` and LPIPS's `vgg.pth` (version 0.1), in any
-            order; or one file with the tensors of both.
+    They are torchvision's `vgg16-397923af.pth` and LPIPS's `vgg.pth` (version 0.1), in any order;
+    or one file with the tensors of both.
 
     Raises:
         UserError: files that cannot be read, that share a tensor, or that do not fit.

@@ -73,11 +73,9 @@ class Scorer:
         self._sums = tuple(metric.empty() for metric in objective.metrics)
 
     def add(self, made: Batch, class_ids: Int[np.ndarray, " m"]) -> None:
-        """Adds a batch.
+        """Adds a batch of what the objective wants, as many as the devices can share evenly.
 
-        Args:
-            made: what the objective wants, as many as the mesh's devices can share evenly.
-            class_ids: of the images that count, the first of the batch.
+        Those that count, which have class ids, are the first.
         """
         self.add_seen(self.objective.look(made), class_ids)
 

@@ -42,14 +42,11 @@ def precision_recall(
     Distances are of float32 features, through matrix products, centred on the real mean so that
     little is cancelled. 50,000 images against as many take 1.5 * 10^13 multiplications.
 
-    Args:
-        real: features of at least k + 1 real images.
-        generated: features of at least k + 1 generated images.
-        k: which neighbour's distance is an image's radius.
-        at_once: images whose distances to a set are held at a time.
+    The distance to the k-th neighbour is an image's radius; distances of `at_once` images to a set
+    are held at a time.
 
     Raises:
-        UserError: too few images.
+        UserError: fewer than k + 1 images in either set.
     """
     if min(len(real), len(generated)) <= k:
         raise UserError(

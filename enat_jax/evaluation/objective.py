@@ -20,12 +20,7 @@ from enat_jax.parallel.placement import Placement
 
 
 def make_objective(cfg: ObjectiveConfig, generator: Config, placement: Placement) -> Objective:
-    """The objective that a config describes.
-
-    Args:
-        cfg: the objective's config.
-        generator: the config of the generator to be scored.
-        placement: of the devices that its batches are split over.
+    """The objective that a config describes, of a generator whose batches are placed so.
 
     Raises:
         UserError: an unknown name, files that are missing or wrong, a function that cannot be

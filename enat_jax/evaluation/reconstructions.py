@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -46,17 +47,11 @@ def read_images(
 
 
 class Reconstructions:
-    """Held-out images, kept in memory, and the compiled pass over them.
+    """Held-out images, kept in memory on every process, and the compiled pass over them.
 
-    Args:
-        graphdef: of the VQGAN.
-        codes: in its codebook.
-        images: what to reconstruct, the same on every process.
-        placement: of the devices that share a batch.
-        name: what the log calls them.
-        batch_size: images per call, rounded up to what the devices can share.
-        pictures: images in the picture.
-        inception: FID's published weights; empty leaves rFID out.
+    The graphdef is of a VQGAN with so many `codes`; the log calls the images by their `name`; the
+    first `pictures` of them are shown. `batch_size` is rounded up to what the devices can share.
+    `inception` names FID's published weights; empty leaves rFID out.
     """
 
     def __init__(
@@ -154,10 +149,9 @@ def _picture(
     images: UInt8[np.ndarray, "b y x 3"], made: UInt8[np.ndarray, "m y x 3"]
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Rows of originals, each row above its reconstructions."""
-    tiles, labels = [], []
     columns = min(_PER_ROW, len(made))
-    for start in range(0, len(made) - columns + 1, columns):
-        row = slice(start, start + columns)
-        tiles += [images[row], made[row]]
-        labels += ["original"] * columns + ["reconstruction"] * columns
-    return image_grid(np.concatenate(tiles), labels, columns=columns)
+    rows = len(made) // columns
+    pairs = np.stack([images[: rows * columns], made[: rows * columns]])
+    tiles = rearrange(pairs, "p (r n) y x c -> (r p n) y x c", n=columns)
+    labels = (["original"] * columns + ["reconstruction"] * columns) * rows
+    return image_grid(tiles, labels, columns=columns)

@@ -1,6 +1,5 @@
 """Statistics of the Inception features of real images: made, written, read."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from enat_jax.errors import UserError
 from enat_jax.evaluation.frechet import Gaussian, Moments
 from enat_jax.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES, FeatureExtractor
 from enat_jax.evaluation.inception_weights import load_inception
-from enat_jax.files import write_arrays
+from enat_jax.files import Path, write_arrays
 from enat_jax.parallel.hosts import all_gather, from_primary, is_primary, primary_only
 from enat_jax.parallel.placement import Placement
 
@@ -38,7 +37,7 @@ class Reference:
     features: Float[np.ndarray, "m p"] | None = None
 
 
-def read_reference(path: str | os.PathLike[str]) -> Reference:
+def read_reference(path: Path) -> Reference:
     """Reads statistics: `mu`, `sigma`, and where there are `mu_s`, `sigma_s`, `features`.
 
     The files of the ADM suite and of U-ViT work as they are.
@@ -54,12 +53,7 @@ def read_reference(path: str | os.PathLike[str]) -> Reference:
             arrays = {name: file[name] for name in (*shapes, "features") if name in names}
     except Exception as error:  # NumPy lets pass what zip files and pickles raise
         raise UserError(f"cannot read reference statistics {path}: {error}") from error
-    missing = [name for name in ("mu", "sigma") if name not in arrays]
-    if missing:
-        raise UserError(
-            f"{path} holds no reference statistics: no {' and no '.join(missing)} among {names}"
-        )
-    wrong = []
+    wrong = [f"no {name} among {names}" for name in ("mu", "sigma") if name not in arrays]
     for name, array in arrays.items():
         shape = shapes.get(name, (*array.shape[:1], p))
         if array.shape != shape:
@@ -79,7 +73,7 @@ def read_reference(path: str | os.PathLike[str]) -> Reference:
 def reference_statistics(
     images: ImageConfig,
     cfg: EvaluateConfig,
-    out: str | os.PathLike[str],
+    out: Path,
     *,
     size: int,
     placement: Placement,
@@ -89,16 +83,9 @@ def reference_statistics(
 
     Images are cropped as `tokenize` crops them, and not mirrored. Unreadable ones are named and
     skipped, up to `images.max_unreadable`. `features` are the pool features of up to 10,000
-    images spread evenly over the set, for precision and recall.
-
-    Args:
-        images: which ones.
-        cfg: where Inception's weights are.
-        out: the `.npz` to write.
-        size: pixels per side of the crops: that of the images they are to be compared with.
-        placement: of the devices that share a batch; each process reads its own share of it, and
-            the primary process adds up and writes.
-        say: called with lines for the user.
+    images spread evenly over the set, for precision and recall. Crops have `size` pixels per side:
+    as many as the images that they are to be compared with. Each process reads its own share of a
+    batch, and the primary process adds up and writes the `.npz` at `out`.
 
     Raises:
         UserError: images or weights that cannot be read, or too many unreadable images.
@@ -113,10 +100,8 @@ def reference_statistics(
     total, batch_size = len(source), cfg.batch_size * placement.batch_shards
     share = len(placement.own_rows(batch_size))
     first = jax.process_index() * share
-    spans = [
-        range(min(start + first, total), min(start + first + share, total))
-        for start in range(0, total, batch_size)
-    ]
+    spans = [range(total)[start + first : start + first + share]
+             for start in range(0, total, batch_size)]  # fmt: skip
     threads = images.read_threads
     batches = read_batches(source, spans, batch_size=share, size=size, threads=threads)
     pool, spatial = Moments.empty(POOL_FEATURES), Moments.empty(SPATIAL_FEATURES)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ from enat_jax.core.generate import Layout, TracedStrategy, generate, image_noise
 from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.errors import UserError
-from enat_jax.files import write_arrays, write_json
+from enat_jax.files import Path, write_arrays, write_json
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import Restored, Sampler
 
@@ -30,12 +30,12 @@ _GROUPS = {  # name: in the figure, and its colour
     "masked": ("masked tokens", "#4c9150"),
     "all": ("all tokens", "#555555"),
 }
-_EPSILON = 1e-12  # below any product of norms that means something
+_EPSILON = 1e-12  # below any norm that means something
 
 
 def similarity(
     restored: Restored,
-    out: str | os.PathLike[str],
+    out: Path,
     *,
     images: int = 3,
     samples: int = 1000,
@@ -48,14 +48,8 @@ def similarity(
     and the averages; `similarity.json`, the averages; `similarity.npz`, the maps shown
     (`cosine [b t-1 n]`, `revealed_at [b n]`) and the averages by group (`mean_new [t-1]`, ...).
 
-    Args:
-        restored: the generator and its config; with `strategy.reuse = False`, visible tokens are
-            encoded anew at every step.
-        out: the folder.
-        images: images whose maps are shown.
-        samples: images that are averaged over.
-        seed: of the noise.
-        log: called with lines for the user.
+    Maps are shown of `images`, averages are over `samples`. Where the config has `strategy.reuse =
+    False`, visible tokens are encoded anew at every step.
 
     Returns:
         What `similarity.json` holds: per group, the mean and the sample deviation over images of
@@ -71,7 +65,7 @@ def similarity(
     config = restored.config
     no_tokenizer = TokenizerConfig(grid=config.tokenizer.grid)  # token ids are all that is made
     sampler = Sampler(dataclasses.replace(config, tokenizer=no_tokenizer), restored.ema)
-    layout, _ = sampler.plan()
+    layout, _ = sampler.program.plan()
     if layout.steps < 2:
         raise UserError(f"strategy.steps = {layout.steps}, must be at least 2 to compare")
     kind = getattr(config.model, "reuse", "last_layer")
@@ -92,11 +86,9 @@ def similarity(
         log(f"{sum(len(part) for part, _ in made)} of {samples} images compared")
     cosine, revealed_at = (np.concatenate(parts) for parts in zip(*made, strict=True))
     groups = token_groups(revealed_at, layout.steps)
-    averages = {}
-    for name, group in groups.items():
-        means = image_means(cosine, group)
-        deviation = np.std(means, axis=0, ddof=1) if samples > 1 else np.zeros(means.shape[1])
-        averages[name] = {"mean": np.mean(means, axis=0), "deviation": deviation}
+    means = {name: image_means(cosine, group) for name, group in groups.items()}
+    averages = {name: {"mean": x.mean(axis=0), "deviation": x.std(axis=0, ddof=min(samples - 1, 1))}
+                for name, x in means.items()}  # fmt: skip
     result = {
         "samples": samples,
         "seed": seed,
@@ -130,16 +122,8 @@ def step_features(
 
     They are what the last block puts out; of previous tokens, with reuse, the projected ones. The
     network sees at every step what it saw then: tokens revealed before it, and the others masked.
-
-    Args:
-        network: what generated.
-        class_ids: of the branch to look at.
-        token_ids: the finished images, raster order.
-        order: positions in the order in which they were revealed.
-        plans: of the steps.
-
-    Returns:
-        One array per step, float32, in raster order.
+    `token_ids` and what is returned, one float32 array per step, are in raster order; `order` holds
+    positions as they were revealed.
     """
     condition = network.embed_condition(class_ids[:, None])
     ids = jnp.take_along_axis(token_ids, order, axis=1)
@@ -162,14 +146,9 @@ def step_features(
 def token_groups(
     revealed_at: Int[np.ndarray, "b n"], steps: int
 ) -> dict[str, Bool[np.ndarray, "b s n"]]:
-    """Which tokens are of a group at each pair of steps t and t + 1.
+    """Which tokens are of a group at each pair of steps t and t + 1, from 0.
 
-    Args:
-        revealed_at: the step, from 0, that revealed each token.
-        steps: of the generation.
-
-    Returns:
-        By name: `new`, revealed by step t; `previous`, before it; `masked`, after it; and `all`.
+    They are `new`, revealed by step t; `previous`, before it; `masked`, after it; and `all`.
     """
     at, step = revealed_at[:, None], np.arange(steps - 1)[:, None]
     return {"new": at == step, "previous": at < step, "masked": at > step, "all": at >= 0 * step}
@@ -179,19 +158,16 @@ def cosine_similarity(
     one: Float[Array, "b n d"], other: Float[Array, "b n d"]
 ) -> Float[Array, "b n"]:
     """The cosine of the angle between each token's features; 0 where one of them is 0."""
-    norms = jnp.linalg.norm(one, axis=-1) * jnp.linalg.norm(other, axis=-1)
-    return jnp.sum(one * other, axis=-1) / jnp.maximum(norms, _EPSILON)
+    return optax.losses.cosine_similarity(one, other, epsilon=_EPSILON)
 
 
 def image_means(values: Float[np.ndarray, "b s n"], chosen: np.ndarray) -> Float[np.ndarray, "b s"]:
     """The mean over each image's chosen tokens, NaN where there are none."""
-    count = chosen.sum(axis=-1)
-    total = np.where(chosen, values, 0.0).sum(axis=-1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return np.ma.array(values, mask=~chosen).mean(axis=-1).filled(np.nan)
 
 
 def draw(
-    path: str | os.PathLike[str],
+    path: Path,
     cosine: Float[np.ndarray, "b s n"],
     new: Bool[np.ndarray, "b s n"],
     averages: Mapping[str, Mapping[str, Float[np.ndarray, " s"]]],
@@ -199,12 +175,8 @@ def draw(
 ) -> None:
     """Draws per image a row of newly revealed tokens over a row of similarities, then averages.
 
-    Args:
-        path: of the PNG.
-        cosine: similarity of each token's features at steps t and t + 1.
-        new: the tokens that step t revealed.
-        averages: `mean` and `deviation` by group of tokens.
-        grid: rows and columns of tokens.
+    `cosine` is between each token's features at steps t and t + 1, `new` are the tokens that step t
+    revealed; `averages` are `mean` and `deviation` by group of tokens.
     """
     images, pairs = cosine.shape[:2]
     height = 1.35 * 2 * images

@@ -21,13 +21,10 @@ class Table:
     The file is atomic and holds complete rows alone; numbers are written so that they read back
     exactly.
 
-    Args:
-        path: of the CSV file, in a folder that is new or the same study's.
-        columns: type of each column by name: `str`, `int` or `float`.
-        keys: how many columns, the first ones, tell rows apart.
-        about: everything that determines the rows, as JSON can hold it, sections nested.
-        order: keys of all rows that there are to be, in the file's order; by default rows stand
-            as they were added, whatever they are.
+    Columns are `str`, `int` or `float`; the first ones, so many as `keys`, tell rows apart. `about`
+    is everything that determines the rows, as JSON can hold it, sections nested. `order` has the
+    keys of all rows that there are to be, in the file's order; by default rows stand as they were
+    added, whatever they are.
 
     Attributes:
         rows: by their keys.

@@ -132,10 +132,8 @@ def all_gather_text(text: str) -> list[str]:
 def from_primary(function: Callable[[], T]) -> T:
     """What a function returns on the primary process, on every process; only there it is called.
 
-    All call this together, and none goes on before the primary is done.
-
-    Args:
-        function: returns what JSON can hold.
+    It is something that JSON can hold. All call this together, and none goes on before the primary
+    is done.
 
     Raises:
         UserError: the function raised an error; the primary raises that error itself.
@@ -160,8 +158,7 @@ def from_primary(function: Callable[[], T]) -> T:
 def require_agreement(fields: Mapping[str, Any]) -> None:
     """Raises UserError, the same on every process, unless all were given the same.
 
-    Args:
-        fields: what JSON can hold, nested at will; tuples count as lists.
+    It is what JSON can hold, nested at will; tuples count as lists.
     """
     own = json.loads(json.dumps(fields))
     texts = all_gather_text(differences(from_primary(lambda: own), own))
@@ -173,10 +170,9 @@ def require_agreement(fields: Mapping[str, Any]) -> None:
 def listen() -> Iterator[None]:
     """Keeps SIGTERM from ending this process: within, `preempted` tells of it.
 
-    Where there are several processes JAX listens already, and in another thread than the main one
-    nothing can.
+    Where there are several processes JAX listens already.
     """
-    if several() or threading.current_thread() is not threading.main_thread():
+    if several():
         yield
         return
 

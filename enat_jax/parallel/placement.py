@@ -115,11 +115,7 @@ class Placement:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def check_heads(self, num_heads: int) -> None:
-        """Refuses attention heads that the axis `tensor` cannot share.
-
-        Raises:
-            UserError: it does not divide them.
-        """
+        """Raises UserError where the axis `tensor` does not divide attention heads."""
         if num_heads % self.mesh.shape["tensor"]:
             raise UserError(
                 f"config: mesh.tensor = {self.mesh.shape['tensor']} must divide model.num_heads ="
@@ -131,8 +127,7 @@ class Placement:
     def state(self, parts: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """The shardings of a training state between steps, part by part.
 
-        Args:
-            parts: trees by name; a name that ends in `opt_state` is an optimiser's.
+        A part whose name ends in `opt_state` is an optimiser's.
         """
         placed = {}
         for part, tree in parts.items():
@@ -142,11 +137,8 @@ class Placement:
 
     def params(self, abstract: PyTree) -> PyTree:
         """Shapes of parameters with the shardings that they have between steps."""
-        return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            abstract,
-            self.state({"params": abstract})["params"],
-        )
+        placed = self.state({"params": abstract})["params"]
+        return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, placed)
 
     # Within a program.
 
@@ -235,39 +227,25 @@ class Placement:
     # From processes to devices.
 
     def put(self, tree: PyTree, sharding: PyTree = None) -> PyTree:
-        """Puts values that every process holds alike on the mesh.
+        """Puts on the mesh what every process holds alike, or what lies on it otherwise.
 
-        Args:
-            tree: NumPy arrays, numbers, keys, or arrays of this process's devices.
-            sharding: of all leaves, or a tree of each one's; replicated by default.
+        `sharding` is that of all leaves, or a tree of each one's; replicated by default.
         """
-        if sharding is None:
-            sharding = self.replicated
-        if isinstance(sharding, Sharding):
-            sharding = jax.tree.map(lambda _: sharding, tree)
-        return jax.tree.map(_put, tree, sharding)
+        where = self.replicated if sharding is None else sharding
+        if isinstance(where, Sharding):
+            return jax.tree.map(lambda value: _put(value, where), tree)
+        return jax.tree.map(_put, tree, where)
 
     def own_rows(self, count: int) -> Int[np.ndarray, " r"]:
         """Which rows of a batch of `count` lie on this process's devices, ascending."""
-        return _own_rows(self.batch, count)
+        where = self.batch.addressable_devices_indices_map((count,))
+        spans = {index[0].indices(count)[:2] for index in where.values() if index is not None}
+        return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
     def put_batch(self, own: np.ndarray, count: int) -> Array:
-        """A batch on the mesh, from the rows that every process has of it.
-
-        Args:
-            own: the rows that `own_rows(count)` names, in that order.
-            count: rows of the batch.
-        """
-        if self.batch.is_fully_addressable:
-            return jax.device_put(own, self.batch)
-        rows = self.own_rows(count)
-
-        def shard(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(count)
-            first = int(np.searchsorted(rows, start))
-            return own[first : first + stop - start]
-
-        return jax.make_array_from_callback((count, *own.shape[1:]), self.batch, shard)
+        """A batch of `count` rows on the mesh, from every process's `own_rows(count)` of it."""
+        shape = (count, *own.shape[1:])
+        return jax.make_array_from_process_local_data(self.batch, own, shape)
 
     @property
     def _shards_weights(self) -> bool:
@@ -277,11 +255,7 @@ class Placement:
         """The sharding of every leaf by `RULES`; `sharded` tells where `fsdp` shares a leaf out."""
 
         def sharding(path: Any, leaf: Any) -> NamedSharding:
-            name = (
-                ".".join(str(getattr(part, "key", getattr(part, "name", ""))) for part in path)
-                .removesuffix(".value")
-                .rstrip(".")
-            )
+            name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
             axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
             if leaf.ndim < len(axes):
                 return self.replicated
@@ -292,13 +266,9 @@ class Placement:
                 names = [name for name in names if name and (share or name != "fsdp")]
                 fits = size % math.prod(self.mesh.shape[name] for name in names) == 0
                 spec.append(tuple(names) if names and fits else None)
-            return NamedSharding(self.mesh, P(*(_single(axis) for axis in spec)))
+            return NamedSharding(self.mesh, P(*spec))
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
-
-
-def _single(names: tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    return names[0] if names is not None and len(names) == 1 else names
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -317,25 +287,12 @@ def _stays_sharded(name: str) -> bool:
     return "modulation" in name
 
 
-def _put(value: Any, where: NamedSharding) -> Array:
-    if where.is_fully_addressable:
+def _put(value: Any, where: Sharding) -> Array:
+    lies_on_the_mesh = isinstance(value, jax.Array) and not value.is_fully_addressable
+    if lies_on_the_mesh or where.is_fully_addressable:
         return jax.device_put(value, where)
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return _relay(where)(value)  # it lies on the mesh already
     if jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key):
         words = _put(jax.random.key_data(value), where)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-
-
-@functools.cache
-def _relay(where: NamedSharding) -> Callable[[Array], Array]:
-    return jax.jit(lambda x: x, out_shardings=where)
-
-
-@functools.lru_cache(maxsize=64)
-def _own_rows(batch: NamedSharding, count: int) -> Int[np.ndarray, " r"]:
-    where = batch.addressable_devices_indices_map((count,))
-    spans = {index[0].indices(count)[:2] for index in where.values() if index is not None}
-    return np.concatenate([np.arange(*span) for span in sorted(spans)])

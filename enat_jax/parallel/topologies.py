@@ -60,9 +60,8 @@ _ONLY_COMPILE = {
 def describe(topology: str) -> Sequence[Any]:
     """The devices of a topology, to lower and compile for; they hold no arrays and run nothing.
 
-    Args:
-        topology: `v5e:16x16` is a TPU slice by its sides, `h100x8` a node by its GPUs; `2x` before
-            either makes two slices or nodes of it. `cpux8` is 8 of this process's own.
+    `v5e:16x16` is a TPU slice by its sides, `h100x8` a node by its GPUs; `2x` before either makes
+    two slices or nodes of it. `cpux8` is 8 of this process's own.
 
     Raises:
         UserError: an unknown topology, or one whose compiler is not installed.

@@ -26,22 +26,19 @@ Output = Literal["token_ids", "floats", "uint8"]
 class GenerationProgram:
     """What a sampler runs, and where everything lies that it is given.
 
-    Nothing is allocated: the devices need not be there, and the tokenizer's weights may be shapes.
-
-    Args:
-        config: the experiment's config.
-        placement: of the devices to generate on, of any number of processes.
-        tokenizer: turns token ids into images; None where none are asked for.
-        layers: `unstacked` gives every block arrays of its own, so that no step copies a layer's
-            weights out of a stack: 1.5 times faster on CPU, but slower to compile. `auto` does
-            so on CPU only.
+    Nothing is allocated: the devices, of any number of processes, need not be there, and the
+    tokenizer's weights may be shapes; there may be no tokenizer where no images are asked for.
+    `layers="unstacked"` gives every block arrays of its own, so that no step copies a layer's
+    weights out of a stack: 1.5 times faster on CPU, but slower to compile. `auto` does so on CPU
+    only.
 
     Raises:
         UserError: attention heads that do not divide over the mesh.
 
     Attributes:
-        run: the jitted function of what `arguments` describes; `layout` and `output` are given by
-            name. It returns token ids or images, split over the devices by image.
+        run: the jitted function of the network's parameters, the tokenizer's, conditions (class
+            ids `[b]`), image ids `[b]`, the strategy's numbers and the key; `layout` and `output`
+            are given by name. It returns token ids or images, split over the devices by image.
         decode: the jitted second half of it: images of the tokenizer's weights and token ids
             `[b n]`; `output` is given by name.
         stored: shapes of the network's parameters as a checkpoint has them, placed.
@@ -77,12 +74,8 @@ class GenerationProgram:
 
         Operands of matrix products are cast once, not at every step.
         """
-
-        def placed(x: Any, described: Any) -> Any:
-            is_placed = isinstance(x, jax.Array) and not x.is_fully_addressable
-            return x if is_placed else self.placement.put(x, described.sharding)
-
-        return self._prepared(jax.tree.map(placed, params, self.stored))
+        where = jax.tree.map(lambda x: x.sharding, self.stored)
+        return self._prepared(self.placement.put(params, where))
 
     def network(self, params: nnx.State) -> Any:
         """The network of parameters as `prepare` returns them; called within a program."""
@@ -103,11 +96,7 @@ class GenerationProgram:
     def plan(
         self, by_step: GenerationStrategy | None = None, **strategy: Any
     ) -> tuple[Layout, TracedStrategy]:
-        """What is compiled and what is traced of a strategy.
-
-        Args:
-            by_step: the strategy, step by step; the config's by default.
-            strategy: fields of the config's strategy to change.
+        """What is compiled and what is traced of a strategy, by default the config's.
 
         Raises:
             UserError: an unknown field, one out of range, or a strategy that does not fit the
@@ -146,35 +135,18 @@ class GenerationProgram:
             raise UserError("tokenizer.name is 'none': this model gives token ids, not images")
         return self.tokenizer.params
 
-    def arguments(
-        self, traced: TracedStrategy, *, output: Output, batch_size: int | None = None
-    ) -> tuple[Any, ...]:
-        """Shapes and shardings of what `run` is given.
-
-        Args:
-            traced: the strategy's numbers, from `plan`.
-            output: what is asked for; token ids need no tokenizer's weights.
-            batch_size: images in the call; `self.batch_size()` by default.
-
-        Returns:
-            The network's parameters, the tokenizer's, conditions (class ids `[b]`), image ids
-            `[b]`, the strategy's numbers and the key.
-        """
-        by_image, everywhere = self.placement.batch, self.placement.replicated
-        ids = jax.ShapeDtypeStruct((batch_size or self.batch_size(),), jnp.int32, sharding=by_image)
+    def lower(self, *, output: Output, batch_size: int | None = None) -> jax.stages.Lowered:
+        """The program of a batch of `self.batch_size()` images by default, ready to be compiled."""
+        layout, traced = self.plan()
+        ids = jax.ShapeDtypeStruct((batch_size or self.batch_size(),), jnp.int32)
+        ids = ids.update(sharding=self.placement.batch)
         small = (self.decoder(output), traced, jax.eval_shape(lambda: jax.random.key(0)))
         decoder, traced, key = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), small
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.placement.replicated),
+            small,
         )
-        return self.params, decoder, ids, ids, traced, key
-
-    def lower(
-        self, *, output: Output, batch_size: int | None = None, **strategy: Any
-    ) -> jax.stages.Lowered:
-        """The program of a batch, ready to be compiled; arguments and errors as above."""
-        layout, traced = self.plan(**strategy)
-        arguments = self.arguments(traced, output=output, batch_size=batch_size)
-        return self.run.lower(*arguments, layout=layout, output=output)
+        given = (self.params, decoder, ids, ids, traced, key)
+        return self.run.lower(*given, layout=layout, output=output)
 
     def _network(self) -> nnx.Module:
         model = make_network(self.config.model, rngs=nnx.Rngs(0), placement=self.placement)
@@ -208,7 +180,6 @@ class GenerationProgram:
         self, decoder: PyTree, token_ids: Int[Array, "b n"], output: Output
     ) -> Shaped[Array, "b y x 3"]:
         """Decodes a batch, a few images of each device at a time."""
-        self.decoder(output)  # refuses where there is none
         tokenizer: Any = self.tokenizer
 
         def images(ids: Int[Array, "b n"]) -> Shaped[Array, "b y x 3"]:

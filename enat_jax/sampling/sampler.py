@@ -15,7 +15,6 @@ from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_tokenizer
 from enat_jax.config import Config, config_from_dict
 from enat_jax.core.generate import Layout, TracedStrategy
-from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.models.flops import generation_flops, padding
 from enat_jax.models.networks import abstract_params
@@ -62,21 +61,11 @@ class Sampler:
         """Takes other parameters of the same network: of this host, or on the mesh already."""
         self.params = self.program.prepare(params)
 
-    def strategy(self, **changes: Any) -> GenerationStrategy:
-        """As `GenerationProgram.strategy`."""
-        return self.program.strategy(**changes)
-
-    def plan(
-        self, by_step: GenerationStrategy | None = None, **strategy: Any
-    ) -> tuple[Layout, TracedStrategy]:
-        """As `GenerationProgram.plan`."""
-        return self.program.plan(by_step, **strategy)
-
     def describe(self, **strategy: Any) -> str:
         """One line on the plan: steps, buckets, FLOPs per image and what padding adds to them."""
-        layout, _ = self.plan(**strategy)
-        flops = generation_flops(self.config.model, layout.buckets, padded=True)
-        extra = padding(self.config.model, layout.buckets)
+        layout, model = self.program.plan(**strategy)[0], self.config.model
+        flops = generation_flops(model, layout.buckets, padded=True)
+        extra = padding(model, layout.buckets)
         return (
             f"{layout.steps} steps in {len(layout.buckets)} compiled bodies,"
             f" {flops / 1e9:.4g} GFLOP per image"
@@ -103,7 +92,7 @@ class Sampler:
                 `[b y x 3]`, or those rounded to 256 levels.
             seed: of the noise.
             first: index of the first image to make; those before it were made already.
-            plan: what is compiled and traced, from `plan`; by default as `strategy` says.
+            plan: what is compiled and traced, from `program.plan`; by default as `strategy` says.
             run: makes a batch in place of `program.run`, of the same arguments.
             batch_size: images in a call; by default as `program.batch_size` says of so many.
             strategy: fields of the config's strategy to change, such as `steps`.
@@ -118,7 +107,7 @@ class Sampler:
         """
         decoder, placement = self.program.decoder(output), self.placement
         classes = self._checked(class_ids)
-        layout, traced = plan or self.plan(**strategy)
+        layout, traced = plan or self.program.plan(**strategy)
         size = batch_size or self.program.batch_size(len(classes))
         traced, key = placement.put((traced, jax.random.key(seed)))
         run = run or self.program.run

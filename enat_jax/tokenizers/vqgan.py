@@ -211,12 +211,7 @@ class VQGAN(nnx.Module):
     def decode(
         self, token_ids: Int[Array, "b n"], grid: tuple[int, int]
     ) -> Float[Array, "b y x 3"]:
-        """Images of token ids, in [0, 1] but for what the network overshoots: not clipped.
-
-        Args:
-            token_ids: in [0, codebook_size), in raster order.
-            grid: rows and columns of tokens.
-        """
+        """Images of token ids, in [0, 1] but for what the network overshoots: not clipped."""
         token_ids = rearrange(token_ids, "b (v u) -> b v u", v=grid[0], u=grid[1])
         return self.decoder(self.codebook[...][token_ids]).astype(jnp.float32)
 
@@ -257,43 +252,3 @@ class VQGANTokenizer:
 
     def _network(self, params: nnx.State) -> VQGAN:
         return nnx.merge(abstract_vqgan(self.cfg)[0], params)
-
-
-def encode_flops(cfg: VQGANConfig, side: int) -> float:
-    """FLOPs of a square image's token ids: convolutions and the codebook product, 2 a multiply-add.
-
-    Args:
-        cfg: the network's sizes.
-        side: pixels along each side, a multiple of `cfg.patch`.
-    """
-    widths, grid, top = cfg.widths, side // cfg.patch, cfg.widths[-1]
-    levels = sum(
-        _blocks_flops(side // 2**depth, cfg.num_res_blocks, finer, width)
-        for depth, (finer, width) in enumerate(itertools.pairwise([widths[0], *widths]))
-    )
-    ends = _conv_flops(side, 3, 3, widths[0]) + _conv_flops(grid, 1, top, cfg.latent_channels)
-    codebook = _conv_flops(grid, 1, cfg.latent_channels, cfg.codebook_size)
-    return levels + _blocks_flops(grid, 2, top, top) + ends + codebook
-
-
-def decode_flops(cfg: VQGANConfig, side: int) -> float:
-    """FLOPs of a square image from its token ids; arguments as in `encode_flops`."""
-    widths, grid, top = cfg.widths, side // cfg.patch, cfg.widths[-1]
-    levels = sum(
-        _blocks_flops(side // 2**depth, cfg.num_res_blocks, coarser, width)
-        + (_conv_flops(side // 2 ** (depth - 1), 3, width, width) if depth else 0.0)
-        for depth, (width, coarser) in enumerate(itertools.pairwise([*widths, top]))
-    )
-    ends = _conv_flops(grid, 3, cfg.latent_channels, top) + _conv_flops(side, 3, widths[0], 3)
-    return levels + _blocks_flops(grid, 2, top, top) + ends
-
-
-def _conv_flops(side: int, size: int, channels_in: int, channels_out: int) -> float:
-    return 2.0 * side**2 * size**2 * channels_in * channels_out
-
-
-def _blocks_flops(side: int, number: int, channels_in: int, channels_out: int) -> float:
-    """Residual blocks in a row, of which the first may change the width."""
-    shortcut = _conv_flops(side, 1, channels_out, channels_out) * (channels_in != channels_out)
-    same = (2 * number - 1) * _conv_flops(side, 3, channels_out, channels_out)
-    return _conv_flops(side, 3, channels_in, channels_out) + same + shortcut

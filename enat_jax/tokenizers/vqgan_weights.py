@@ -24,10 +24,7 @@ from enat_jax.tokenizers.vqgan import VQGANConfig
 
 Layout = Literal["torch", "flax"]
 
-_CODEBOOKS: dict[str, Layout] = {
-    "quantize.embedding.weight": "torch",
-    "quantizer.codebook": "flax",
-}
+_CODEBOOKS: dict[str, Layout] = {"quantize.embedding.weight": "torch", "quantizer.codebook": "flax"}
 
 # our path, PyTorch name, Flax name; Flax numbers convolutions as they run, {last} the last
 TABLE = [

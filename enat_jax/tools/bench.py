@@ -24,7 +24,7 @@ from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram, Layers, Output, abstract_params
 from enat_jax.sampling.sampler import Sampler
-from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig, decode_flops, encode_flops
+from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from enat_jax.tools.compile import unknown_sizes
 from enat_jax.training.programs import TrainingPrograms
 
@@ -46,18 +46,10 @@ def bench(
 
     Each timed call stands beside a float32 matrix product of 2048 cubed timed just before and
     after it, so that the ratio of the two rates survives a machine whose speed wanders.
-
-    Args:
-        config: the experiment.
-        what: any of `sample`, `train`, `encode`, `decode` and `flops`. `encode` and `decode` are
-            the VQGAN's, at the config's grid: of the sizes in `tokenizer.weights`, or if nothing is
-            there MaskGIT's. `flops` runs nothing: it is what the config's strategy costs by
-            formula, in our unit and in the papers'.
-        batch_sizes: images per call of the sampler.
-        dtypes: activation types to measure; the config's by default.
-        layers: how the sampler lays out depth, see `Sampler`.
-        repeats: timed calls of each case.
-        log: called with a line per case.
+    Of `what`, `encode` and `decode` are the VQGAN's, at the config's grid: of the sizes in
+    `tokenizer.weights`, or if nothing is there MaskGIT's. `flops` runs nothing: it is what the
+    config's strategy costs by formula, in our unit and in the papers'. `dtypes` are of activations,
+    the config's by default; `layers` is as `Sampler` has it.
 
     Raises:
         UserError: unknown `what` or type, or a batch size below 1.
@@ -111,12 +103,9 @@ def _cases(
 
 def _count_flops(config: Config) -> dict[str, Any]:
     layout, _ = GenerationProgram(config, Placement.of(config.mesh), None).plan()
-    case = {
-        "what": "flops",
-        "dtype": config.model.dtype,
-        "steps": layout.steps,
-        "gigaflop_per_image": generation_flops(config.model, layout.buckets, padded=False) / 1e9,
-    }
+    flops = generation_flops(config.model, layout.buckets, padded=False)
+    case = {"what": "flops", "dtype": config.model.dtype, "steps": layout.steps}
+    case["gigaflop_per_image"] = flops / 1e9
     if isinstance(config.model, ENATConfig):
         plans = [plan for bucket in layout.buckets for plan in bucket.plans]
         case["paper_gigamac_per_image"] = paper_gflops(config.model, plans)
@@ -145,7 +134,7 @@ def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
 
 
 def _bench_sample(sampler: Sampler, images: int, repeats: int) -> dict[str, Any]:
-    config, plan = sampler.config, sampler.plan()
+    config, plan = sampler.config, sampler.program.plan()
     layout, classes = plan[0], np.arange(images) % sampler.config.model.num_classes
     output: Output = "token_ids"
     _, given = next(sampler.batches(classes, output=output, plan=plan, run=lambda *args, **_: args))
@@ -167,9 +156,8 @@ def _bench_vqgan(config: Config, way: str, batch: int, repeats: int) -> dict[str
     cfg = dataclasses.replace(cfg, dtype=config.model.dtype)
     graphdef, params = nnx.split(jax.jit(lambda: VQGAN(cfg, rngs=nnx.Rngs(0)))(), nnx.Param)
     sides, decoding = [side * cfg.patch for side in grid], way == "decode"
-    data = np.zeros((batch, grid[0] * grid[1]), np.int32)
-    if not decoding:
-        data = np.ones((batch, *sides, 3), np.float32)
+    ids, images = np.zeros((batch, grid[0] * grid[1]), np.int32), np.ones((batch, *sides, 3))
+    data = ids if decoding else images.astype(np.float32)
     placement = Placement.of(config.mesh)
     given = (placement.put(params), placement.put(data, placement.batch))
 
@@ -177,8 +165,9 @@ def _bench_vqgan(config: Config, way: str, batch: int, repeats: int) -> dict[str
         vqgan = nnx.merge(graphdef, params)
         return vqgan.decode(data, grid) if decoding else vqgan.encode(data)
 
-    flops = (decode_flops if decoding else encode_flops)(cfg, sides[0])
     lowered = jax.jit(code).lower(*given)
+    cost: Any = lowered.cost_analysis()
+    flops = cost["flops"] / batch  # nearly all of convolutions
     case = _measured(way, config, batch, lowered, lambda run: run(*given), flops, repeats)
     return {**case, "pixels": sides[0]}
 

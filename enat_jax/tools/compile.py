@@ -2,11 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
-import json
-import os
-import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +12,6 @@ import jax
 
 from enat_jax.config import Config
 from enat_jax.errors import UserError
-from enat_jax.files import atomic
 from enat_jax.models.flops import generation_flops, training_flops
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
@@ -34,12 +28,12 @@ _OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level
 
 @dataclass(frozen=True)
 class Program:
-    """A program for devices that need not be there; `model_flops` are of one, by formula."""
+    """A program for a device and its like, there or not; `model_flops` are of one, by formula."""
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     model_flops: float
-    devices: Sequence[Any]
+    device: Any
 
 
 @dataclass(frozen=True)
@@ -53,8 +47,7 @@ class Report:
         memory: bytes of `arguments`, `outputs`, `aliased` (outputs that lie where arguments were),
             `temporaries`, `code`, and of all at once, `peak`; None where it did not compile.
         problem: what the compiler said where it does not fit.
-        compile_seconds: to compile it, when that was done.
-        kept: whether it was compiled at an earlier time.
+        compile_seconds: to compile it.
     """
 
     name: str
@@ -63,7 +56,6 @@ class Report:
     memory: dict[str, int] | None
     problem: str
     compile_seconds: float
-    kept: bool
 
     def line(self) -> str:
         """A line below `HEADER`."""
@@ -74,7 +66,7 @@ class Report:
             needs = "".join(f"{self.memory[kind] / 2**30:8.2f}" for kind in kinds).rjust(35)
         return (
             f"{self.name:8}{fits:4} |{needs} | {self.model_flops / 1e12:16.4f} |"
-            f"{self.compile_seconds:10.1f}{' (kept)' if self.kept else ''}"
+            f"{self.compile_seconds:10.1f}"
         )
 
 
@@ -95,19 +87,12 @@ def unknown_sizes(config: Config) -> list[str]:
 
 
 def programs(
-    config: Config,
-    placement: Placement,
-    kinds: Sequence[str] = KINDS,
-    *,
-    only_first: bool = False,
+    config: Config, placement: Placement, kinds: Sequence[str] = KINDS, *, only_first: bool = False
 ) -> Iterator[Program]:
-    """The programs of a run, of the kinds asked for.
+    """The programs of a run on devices that need not be there, of the kinds asked for.
 
-    Args:
-        config: the experiment.
-        placement: on devices that need not be there.
-        kinds: any of `init`, `train` (as many as `train.programs`) and `sample` (token ids).
-        only_first: only the first of the training programs, which differ in their plans alone.
+    These are `init`, `train` (as many as `train.programs`, which differ in their plans alone; or
+    `only_first`) and `sample` (token ids).
 
     Raises:
         UserError: an unknown kind, a config that leaves numbers to the records, or a batch that
@@ -117,64 +102,42 @@ def programs(
                 if kind not in KINDS]  # fmt: skip
     if problems := problems + unknown_sizes(config):
         raise UserError("; ".join(problems))
-    devices = list(placement.mesh.devices.flat)
+    device, count = placement.mesh.devices.flat[0], placement.mesh.devices.size
     if "init" in kinds or "train" in kinds:
         run = TrainingPrograms(config, placement)
         if "init" in kinds:
-            yield Program("init", run.initial_state.lower, 0.0, devices)
+            yield Program("init", run.initial_state.lower, 0.0, device)
         if "train" in kinds:
-            share = config.train.batch_size / len(devices)
+            share = config.train.batch_size / count
             for number, row in enumerate(run.rows[:1] if only_first else run.rows):
                 shapes = [stratum.shape for stratum in row]
                 flops = share * training_flops(config.model, shapes)
                 lower = functools.partial(run.programs[number].lower, *run.arguments)
-                yield Program(f"train{number}", lower, flops, devices)
+                yield Program(f"train{number}", lower, flops, device)
     if "sample" in kinds:
         generation = GenerationProgram(config, placement, None)
         layout, _ = generation.plan()
-        share = generation.batch_size() / len(devices)
+        share = generation.batch_size() / count
         flops = share * generation_flops(config.model, layout.buckets, padded=False)
-        yield Program("sample", lambda: generation.lower(output="token_ids"), flops, devices)
+        yield Program("sample", lambda: generation.lower(output="token_ids"), flops, device)
 
 
-def compile_programs(wanted: Iterable[Program], folder: pathlib.Path) -> Iterator[Report]:
+def compile_programs(wanted: Iterable[Program]) -> Iterator[Report]:
     """Compiles programs, some side by side, as `compile_program` does; reports come in order."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from pool.map(lambda program: compile_program(program, folder), wanted)
+        yield from pool.map(compile_program, wanted)
 
 
-def compile_program(program: Program, folder: pathlib.Path) -> Report:
-    """Compiles a program, or reads what the compiler said of it before.
-
-    JAX's own cache of compiled programs does not serve here: it writes those for described
-    devices, but cannot read them without the real ones. So figures alone are kept.
-
-    Args:
-        program: what to compile. That it does not fit is a result, not an error.
-        folder: where answers are kept, one small JSON file each.
+def compile_program(program: Program) -> Report:
+    """Compiles a program; that it does not fit is a result, not an error.
 
     Raises:
         jax.errors.JaxRuntimeError: whatever the compiler complains about but memory.
     """
-    lowered, device = program.lower(), program.devices[0]
-    path = folder / f"{_digest(lowered, program.devices)}.json"
-    if kept := path.exists():
-        answer = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        answer = _ask_compiler(lowered, device.platform)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic(path, partial=f"{path.stem}.{program.name}.{os.getpid()}") as part:
-            part.write_text(json.dumps(answer), encoding="utf-8")
-    accelerator, memory = accelerator_of(device.device_kind), answer["memory"]
-    fits = memory is not None and accelerator and memory["peak"] <= accelerator.memory
-    return Report(program.name, program.model_flops, fits, kept=kept, **answer)
-
-
-def _ask_compiler(lowered: jax.stages.Lowered, platform: str) -> dict[str, Any]:
-    start = time.perf_counter()
-    memory, problem = None, ""
+    lowered, device = program.lower(), program.device
+    start, memory, problem = time.perf_counter(), None, ""
     try:
-        analysis: Any = lowered.compile(_OPTIONS.get(platform)).memory_analysis()
+        analysis: Any = lowered.compile(_OPTIONS.get(device.platform)).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         problem = " ".join(str(error).split())[:300]
         if "RESOURCE_EXHAUSTED" not in problem:
@@ -188,70 +151,44 @@ def _ask_compiler(lowered: jax.stages.Lowered, platform: str) -> dict[str, Any]:
             "aliased": analysis.alias_size_in_bytes,
         }
         memory["peak"] = sum(memory.values()) - 2 * memory["aliased"]
-    seconds = time.perf_counter() - start
-    return {"memory": memory, "problem": problem, "compile_seconds": seconds}
-
-
-def answers_folder() -> pathlib.Path:
-    """Where answers are kept between processes."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(folder) / "enat_jax" / "compiler_answers"
-
-
-def _digest(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> str:
-    """Of all that an answer depends on."""
-    compilers = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
-    compilers.append(devices[0].client.platform_version)
-    where = [(device.device_kind, repr(device)) for device in devices]
-    flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    digest = hashlib.sha256(json.dumps([compilers, where, flags]).encode())
-    digest.update(lowered.as_text().encode())
-    return digest.hexdigest()[:32]
+    seconds, accelerator = time.perf_counter() - start, accelerator_of(device.device_kind)
+    fits = memory is not None and accelerator and memory["peak"] <= accelerator.memory
+    return Report(program.name, program.model_flops, fits, memory, problem, seconds)
 
 
 def suggest(
-    config: Config,
-    devices: Sequence[Any],
-    folder: pathlib.Path,
-    *,
-    most: int = 12,
-    log: Callable[[str], object] = print,
+    config: Config, devices: Sequence[Any], *, most: int, log: Callable[[str], object] = print
 ) -> list[Fit]:
     """Looks for the largest batch that fits, for each remat policy; the best policy first.
 
     That is the one that computes least again of those whose batch is at least the config's; where
     none is, the one with the largest batch. Compiled is the training program that does most.
-
-    Args:
-        config: the experiment; the search starts from its batch.
-        devices: as `topologies.describe` gives them, of a kind whose memory is known.
-        folder: where answers are kept, see `compile_program`.
-        most: compilations at most, a third for each policy.
-        log: called with a line per compilation, and the advice.
+    The search starts from the config's batch and compiles `most` times at most, a third for each
+    policy; `devices` are as `topologies.describe` gives them, of a kind whose memory is known.
     """
-    placement = Placement.of(config.mesh, devices)
-    cfg = config.train
+    placement, cfg = Placement.of(config.mesh, devices), config.train
     unit = placement.batch_shards * cfg.images_per_row * cfg.accumulation
-    start, fits = max(config.train.batch_size // unit, 1), []
+    asked: list[str] = []
+
+    def fit(remat: str, rows: int) -> bool:
+        asked.append(remat)
+        model = dataclasses.replace(config.model, remat=remat)
+        train = dataclasses.replace(cfg, batch_size=unit * rows)
+        changed = dataclasses.replace(config, model=model, train=train)
+        wanted = max(programs(changed, placement, ("train",)), key=lambda p: p.model_flops)
+        report = compile_program(wanted)
+        log(f"remat {remat}, batch {unit * rows}: {report.line()}")
+        return bool(report.fits)
+
+    fits = []
     for remat in ("none", "dots", "block"):
-        asked: list[int] = []
-
-        def fit(rows: int, remat: str = remat, asked: list[int] = asked) -> bool:
-            asked.append(rows)
-            model = dataclasses.replace(config.model, remat=remat)
-            train = dataclasses.replace(config.train, batch_size=unit * rows)
-            cfg = dataclasses.replace(config, model=model, train=train)
-            program = max(programs(cfg, placement, ("train",)), key=lambda p: p.model_flops)
-            report = compile_program(program, folder)
-            log(f"remat {remat}, batch {unit * rows}: {report.line()}")
-            return bool(report.fits)
-
-        rows = largest_fitting(fit, start, most // 3)
-        fits.append(Fit(remat, unit * rows / len(devices), unit * rows, len(asked)))
-    fits.sort(key=lambda fit: -min(fit.batch_size, config.train.batch_size))
+        start = max(cfg.batch_size // unit, 1)
+        rows = largest_fitting(functools.partial(fit, remat), start, most // 3)
+        fits.append(Fit(remat, unit * rows / len(devices), unit * rows, asked.count(remat)))
+    fits.sort(key=lambda fit: -min(fit.batch_size, cfg.batch_size))
     remat, batch = fits[0].remat, fits[0].batch_size
     advice = f"--config.model.remat={remat} --config.train.batch_size={batch}"
-    made = f"after {sum(fit.compilations for fit in fits)} compilations"
+    made = f"after {len(asked)} compilations"
     log(f"suggested {made}: {advice}" if batch else f"nothing fits {made}: take more devices")
     return fits
 

@@ -23,11 +23,7 @@ from enat_jax.training.workdir import Workdir
 
 
 def training_loop(
-    programs: Programs,
-    workdir: Workdir,
-    batches: Callable[[Share], Iterator[Any]],
-    *,
-    data: str,
+    programs: Programs, workdir: Workdir, batches: Callable[[Share], Iterator[Any]], *, data: str
 ) -> None:
     """Takes the steps that are left, and leaves a checkpoint of the last.
 
@@ -107,14 +103,13 @@ def training_loop(
 class Meter:
     """What steps came to since the last entry: their metrics, and where the time went.
 
-    Args:
-        limit: so many steps in a row that are not finite, and so not applied, stop the run.
-        log: called with a line for each.
+    `limit` steps in a row that are not finite, and so not applied, stop the run; `log` is called
+    with a line for each.
     """
 
     def __init__(self, limit: int, log: Callable[[str], object]):
         self._limit, self._log, self._skipped = limit, log, 0
-        self._unread: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self._unread: tuple[int, Metrics] | None = None
         self._restart()
 
     def _restart(self) -> None:
@@ -135,27 +130,28 @@ class Meter:
         """Takes a step's metrics and checks the step before, so that the device never waits."""
         self.check()
         self._metrics.append(metrics)
-        self._unread.append((step, metrics))
+        self._unread = step, metrics
 
     def check(self) -> None:
-        """Reads the metrics that were not read yet.
+        """Reads the last step's metrics, if they were not read yet.
 
         Raises:
             UserError: too many steps in a row were not finite.
         """
-        while self._unread:
-            step, metrics = self._unread.popleft()
-            if not float(metrics["skipped"]):
-                self._skipped = 0
-                continue
-            self._skipped += 1
-            what = f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
-            if self._skipped >= self._limit:
-                raise UserError(
-                    f"step {step}: {what}: the last {self._skipped} steps were not finite and not"
-                    f" applied; train.max_bad_steps = {self._limit}"
-                )
-            self._log(f"step {step} was not applied: {what}")
+        if self._unread is None:
+            return
+        (step, metrics), self._unread = self._unread, None
+        if not float(metrics["skipped"]):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        what = f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
+        if self._skipped >= self._limit:
+            raise UserError(
+                f"step {step}: {what}: the last {self._skipped} steps were not finite and not"
+                f" applied; train.max_bad_steps = {self._limit}"
+            )
+        self._log(f"step {step} was not applied: {what}")
 
     def entry(self, images_per_step: int) -> dict[str, float]:
         """Means of the applied steps' metrics, how many were `skipped`, speed and peak memory.

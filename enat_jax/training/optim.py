@@ -38,11 +38,6 @@ def make_optimizer(
     return adamw
 
 
-def update_ema(ema: Any, params: Any, decay: float) -> Any:
-    """`decay * ema + (1 - decay) * params`, leaf by leaf."""
-    return optax.incremental_update(params, ema, 1 - decay)
-
-
 def skip_unless_finite(before: State, after: State, *values: Array) -> tuple[State, Array]:
     """A step that is not applied where a value is infinite or not a number; it still counts.
 

@@ -22,7 +22,7 @@ from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.sampler import Sampler
 from enat_jax.tokenizers.protocol import Tokenizer
 from enat_jax.training.optim import learning_rate_schedule, make_optimizer
-from enat_jax.training.step import StepConfig, TrainState, training_step
+from enat_jax.training.step import TrainState, training_step
 from enat_jax.training.strata import training_strata
 
 _GRID_CLASSES = 10  # a sample grid shows this many classes, so many images each
@@ -34,16 +34,12 @@ class Programs(abc.ABC):
     """What a kind of network does in a run, compiled.
 
     Its state is a NamedTuple of `step`, `params` and whatever else a checkpoint holds, trees or
-    None. Nothing is allocated before `initial_state()`, so the devices need not be there.
-
-    Args:
-        config: of the run, with sections `optim` and `train`.
-        placement: of the devices to train on.
-        images: on each of these in a step, or a multiple.
+    None. Nothing is allocated before `initial_state()`, so the devices need not be there. In a step
+    each has so many `images`, or a multiple. The config has sections `optim` and `train`.
 
     Attributes:
-        abstract: the state's shapes.
-        sharding: where its leaves lie.
+        abstract: the state's shapes, and where its leaves lie.
+        sharding: that alone.
         initial_state: makes it, from the config's seed.
 
     Raises:
@@ -60,8 +56,11 @@ class Programs(abc.ABC):
         self.config, self.placement = config, placement
         self.schedule = learning_rate_schedule(config.optim, config.train.steps)
         self.optimizer = make_optimizer(config.optim, self.schedule)
-        self.abstract = jax.eval_shape(self._first_state)
-        self.sharding = self.abstract._replace(**placement.state(self.abstract._asdict()))
+        shapes = jax.eval_shape(self._first_state)
+        self.sharding = shapes._replace(**placement.state(shapes._asdict()))
+        self.abstract = jax.tree.map(
+            lambda leaf, where: leaf.update(sharding=where), shapes, self.sharding
+        )
         self.initial_state = jax.jit(self._first_state, out_shardings=self.sharding)
 
     @abc.abstractmethod
@@ -87,11 +86,8 @@ class Programs(abc.ABC):
 class TrainingPrograms(Programs):
     """The programs of ENAT and AutoNAT, one for each row of strata.
 
-    Args:
-        config: the experiment; its numbers of classes and codes are known.
-        placement: of the devices to train on.
-        tokenizer: decodes what a run shows; None shows nothing.
-        class_names: for that; numbers by default.
+    The config's numbers of classes and codes are known. The tokenizer decodes what a run shows,
+    under the names of the classes (by default their numbers); None shows nothing.
 
     Raises:
         UserError: a batch or attention heads that do not divide over the mesh.
@@ -123,14 +119,8 @@ class TrainingPrograms(Programs):
             training_step,
             graphdef=nnx.graphdef(nnx.eval_shape(lambda: self._network(placement=placement))),
             optimizer=self.optimizer,
-            cfg=StepConfig(
-                class_dropout=cfg.class_dropout,
-                further_class_dropout=cfg.further_class_dropout,
-                label_smoothing=cfg.label_smoothing,
-                mean_over=cfg.mean_over,
-                ema_decay=config.optim.ema_decay,
-                accumulation=cfg.accumulation,
-            ),
+            cfg=cfg,
+            ema_decay=config.optim.ema_decay,
             placement=placement,
         )
         batch, replicated = placement.batch, placement.replicated
@@ -169,17 +159,13 @@ class TrainingPrograms(Programs):
     @property
     def arguments(self) -> tuple[Any, ...]:
         """What the programs take, by shape and place: state, token ids, class ids, key."""
-
-        def at(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        tokens = np.empty((self.config.train.batch_size, self.config.model.length), np.int32)
-        return (
-            jax.tree.map(at, self.abstract, self.sharding),
-            at(tokens, self.placement.batch),
-            at(tokens[:, 0], self.placement.batch),
-            at(jax.eval_shape(lambda: jax.random.key(0)), self.placement.replicated),
+        images, length = self.config.train.batch_size, self.config.model.length
+        tokens, classes = (
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.batch)
+            for shape in ((images, length), (images,))
         )
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return self.abstract, tokens, classes, key.update(sharding=self.placement.replicated)
 
     def program(self, step: int) -> int:
         """Which program a step runs: every host draws the same, each once in `programs` steps."""

@@ -1,7 +1,6 @@
 """One optimiser step on rows that pack images with different plans."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -11,14 +10,13 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from enat_jax.config import TrainConfig
 from enat_jax.core.network import Network, RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.models.layers import UNPLACED, cast_kernels
 from enat_jax.training.losses import masked_cross_entropy
-from enat_jax.training.optim import skip_unless_finite, update_ema
+from enat_jax.training.optim import skip_unless_finite
 from enat_jax.training.strata import Stratum, draw_plans
-
-MeanOver = Literal["images", "tokens"]
 
 
 class TrainState(NamedTuple):
@@ -44,27 +42,6 @@ class Draws(NamedTuple):
     condition: PyTree
     given: PyTree = None
     plans: Int[Array, "b g 3"] | None = None
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """What a step computes.
-
-    Attributes:
-        class_dropout: probability that an image trains the null condition, the moving average too.
-        further_class_dropout: probability that another does, for the network that learns alone.
-        label_smoothing: of the cross-entropy.
-        mean_over: what the loss is the mean over, see `row_loss`.
-        ema_decay: of the parameters' moving average.
-        accumulation: microbatches whose gradients are averaged.
-    """
-
-    class_dropout: float = 0.235
-    further_class_dropout: float = 0.0
-    label_smoothing: float = 0.1
-    mean_over: MeanOver = "images"
-    ema_decay: float = 0.9999
-    accumulation: int = 1
 
 
 def make_draws(
@@ -108,7 +85,7 @@ def row_loss(
     plans: Sequence[Plan],
     *,
     label_smoothing: float,
-    mean_over: MeanOver = "images",
+    mean_over: Literal["images", "tokens"] = "images",
     key: jax.Array | None = None,
 ) -> Float[Array, ""]:
     """Mean loss over the masked tokens of rows (ENAT section 4).
@@ -123,8 +100,7 @@ def row_loss(
         draws: reveal orders and conditions.
         plans: the plan of each image in a row, or the shape that the drawn ones fit into.
         label_smoothing: of the cross-entropy.
-        mean_over: `images` takes the mean of every image's mean, `tokens` counts every masked
-            token of a row alike.
+        mean_over: as `TrainConfig` says.
         key: turns dropout on.
     """
     shapes = tuple(plans)
@@ -179,7 +155,8 @@ def training_step(
     graphdef: Any,
     optimizer: optax.GradientTransformation,
     row: Sequence[Stratum],
-    cfg: StepConfig,
+    cfg: TrainConfig,
+    ema_decay: float,
     placement: Any = UNPLACED,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step; jit it with everything after `key` fixed.
@@ -194,7 +171,8 @@ def training_step(
         graphdef: of the network.
         optimizer: its gradient transformation.
         row: the stratum of each image in a row.
-        cfg: the step's settings.
+        cfg: the run's settings.
+        ema_decay: of the parameters' moving average.
         placement: where weights and gradients lie.
 
     Returns:
@@ -257,12 +235,8 @@ def training_step(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
-    after = TrainState(
-        step=state.step + 1,
-        params=params,
-        ema=update_ema(state.ema, params, cfg.ema_decay),
-        opt_state=opt_state,
-    )
+    ema: Any = optax.incremental_update(params, cast(Any, state.ema), 1 - ema_decay)
+    after = TrainState(state.step + 1, params, ema, opt_state)
     norm = optax.tree.norm(grads)
     after, skipped = skip_unless_finite(state, after, loss, norm)
     return after, {"loss": loss, "grad_norm": norm, "skipped": skipped}

@@ -14,7 +14,7 @@ from enat_jax.config import LossConfig
 from enat_jax.models.layers import UNPLACED
 from enat_jax.tokenizers.discriminator import hinge_loss
 from enat_jax.tokenizers.vqgan import VQGAN
-from enat_jax.training.optim import skip_unless_finite, update_ema
+from enat_jax.training.optim import skip_unless_finite
 
 _ROUNDS = 8  # of Lloyd's algorithm for the first codebook
 
@@ -51,13 +51,6 @@ class Outcome(NamedTuple):
     reconstruction: Float[Array, "b y x 3"]
 
 
-def straight_through(
-    latents: Float[Array, "b v u c"], codes: Float[Array, "b v u c"]
-) -> Float[Array, "b v u c"]:
-    """The codes; their gradient goes to the latents unchanged (van den Oord et al. 2017)."""
-    return latents + jax.lax.stop_gradient(codes - latents)
-
-
 def vqgan_loss(
     model: VQGAN,
     images: Float[Array, "b y x 3"],
@@ -80,7 +73,8 @@ def vqgan_loss(
     latents = model.encoder(images).astype(jnp.float32)
     token_ids = model.nearest(jax.lax.stop_gradient(latents))
     codes = model.codebook[...][token_ids]
-    seen = straight_through(latents, codes) if quantised else latents
+    # the codes, whose gradient goes to the latents unchanged (van den Oord et al. 2017)
+    seen = latents + jax.lax.stop_gradient(codes - latents) if quantised else latents
     reconstruction = model.decoder(seen).astype(jnp.float32)
     error = reconstruction - images
     terms = {"l1": jnp.mean(jnp.abs(error)), "l2": jnp.mean(jnp.square(error))}
@@ -203,7 +197,7 @@ def tokenizer_step(
     value, outcome, norm, params, opt_state = descend(
         loss, state.params, state.opt_state, optimizer
     )
-    ema = update_ema(state.ema, params, ema_decay)
+    ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
     after = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
     metrics = {"loss": value, "grad_norm": norm}
     if judge:

@@ -1,13 +1,13 @@
 """The training run of ENAT and AutoNAT: token records in, a workdir out."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 from enat_jax.checkpoints.tokenizer import load_tokenizer
 from enat_jax.config import Config
 from enat_jax.data.batches import RecordInfo, record_info, training_batches
 from enat_jax.errors import UserError
+from enat_jax.files import Path
 from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
 from enat_jax.training.loop import training_loop
@@ -15,17 +15,11 @@ from enat_jax.training.programs import TrainingPrograms
 from enat_jax.training.workdir import Workdir
 
 
-def train(
-    config: Config, workdir: str | os.PathLike[str], *, log: Callable[[str], object] = print
-) -> None:
+def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print) -> None:
     """Trains, or goes on from the workdir's newest checkpoint; returns when all steps are done.
 
-    Every host calls it, with the same arguments. Told to stop by SIGTERM, it saves and returns.
-
-    Args:
-        config: the experiment.
-        workdir: see `Workdir`; one folder that all hosts share.
-        log: called with lines for the user, on one host.
+    Every host calls it, with the same arguments; they share the workdir, and one of them logs lines
+    for the user. Told to stop by SIGTERM, it saves and returns.
 
     Raises:
         UserError: records or a workdir that do not fit the config, hosts that disagree, too many
@@ -42,10 +36,7 @@ def train(
     run = Workdir(
         workdir,
         config,
-        metadata={
-            "class_names": list(info.class_names),
-            "tokenizer_digest": info.tokenizer_digest,
-        },
+        metadata={"class_names": list(info.class_names), "tokenizer_digest": info.tokenizer_digest},
         stream={
             "train.seed": config.train.seed,
             "data.name": config.data.name,

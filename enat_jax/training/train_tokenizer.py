@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,11 @@ import optax
 from flax import nnx
 
 from enat_jax.config import TokenizerRunConfig
-from enat_jax.data.batches import Share
 from enat_jax.data.image_batches import image_batches
 from enat_jax.data.images import ImageSource, open_images
 from enat_jax.evaluation.lpips_weights import load_lpips
 from enat_jax.evaluation.reconstructions import Reconstructions, read_images
+from enat_jax.files import Path
 from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.discriminator import Discriminator
@@ -33,17 +32,9 @@ from enat_jax.training.workdir import Workdir
 
 
 def train_tokenizer(
-    config: TokenizerRunConfig,
-    workdir: str | os.PathLike[str],
-    *,
-    log: Callable[[str], object] = print,
+    config: TokenizerRunConfig, workdir: Path, *, log: Callable[[str], object] = print
 ) -> None:
-    """Trains, or goes on from the workdir's newest checkpoint; returns when all steps are done.
-
-    Args:
-        config: the run.
-        workdir: see `Workdir`.
-        log: called with lines for the user.
+    """Trains, or goes on from the workdir's newest checkpoint, as `train` does.
 
     Raises:
         UserError: images, weights or a workdir that do not fit the config, too many steps in a row
@@ -68,20 +59,7 @@ def train_tokenizer(
     placement = Placement.of(config.mesh)
     held_out = _held_out(config, placement, source, log)
     programs = TokenizerPrograms(config, placement, held_out)
-    cfg = config.train
-
-    def batches(share: Share) -> Iterator[np.ndarray]:
-        return image_batches(
-            source,
-            share,
-            size=cfg.image_size,
-            random_crops=cfg.random_crops,
-            max_unreadable=config.images.max_unreadable,
-            seed=cfg.seed,
-            threads=config.images.read_threads,
-            warn=log,
-        )
-
+    batches = functools.partial(image_batches, source, config=config, warn=log)
     with run:
         training_loop(programs, run, batches, data=source.summary)
 
@@ -89,10 +67,7 @@ def train_tokenizer(
 class TokenizerPrograms(Programs):
     """The programs of a VQGAN: with and without codebook, with and without discriminator.
 
-    Args:
-        config: the run.
-        placement: of the devices to train on.
-        held_out: images that the run shows; None shows nothing.
+    `held_out` are the images that the run shows; None shows nothing.
 
     Raises:
         UserError: a batch that does not divide over the devices; or as `load_lpips`.

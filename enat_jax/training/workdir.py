@@ -13,11 +13,10 @@ import numpy as np
 from clu import parameter_overview
 from jaxtyping import PyTree, UInt8
 
-from enat_jax.checkpoints.resume import resume
-from enat_jax.checkpoints.store import Checkpoints
+from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS
 from enat_jax.data.pictures import write_png
-from enat_jax.errors import UserError
+from enat_jax.errors import UserError, differences
 from enat_jax.files import write_text
 from enat_jax.parallel import hosts
 from enat_jax.training.log import MetricLog
@@ -86,28 +85,38 @@ class Workdir(contextlib.ExitStack):
         Raises:
             CheckpointError: a checkpoint of another model or of other data, or no readable one.
         """
-        resumed = resume(
-            self.checkpoints,
-            _trees(programs.abstract),
-            _trees(programs.sharding),
-            config=self._metadata["config"],
-            sections=self._sections,
-            may_differ=self._may_differ,
-            stream=self._stream,
-            say=self.log,
-        )
-        if resumed is None:
+        if not self.checkpoints.steps():
             return programs.initial_state(), 0, 0
-        step = programs.placement.put(np.int32(resumed.step))
-        state = programs.abstract._replace(step=step, **resumed.trees)
-        return state, resumed.step, resumed.images
+        metadata, config = self.checkpoints.metadata(), self._metadata["config"]
+        stream = self._stream
+        saved, position = metadata.get("config", {}), metadata.get("position", {})
+        here = {
+            section: {k: v for k, v in config[section].items() if k not in self._may_differ}
+            for section in self._sections
+        }
+        there = {  # of fields that there are today: an earlier version may have had others
+            section: {k: v for k, v in saved.get(section, {}).items() if k in fields}
+            for section, fields in here.items()
+        }
+        if phrases := differences(there, here):
+            raise CheckpointError(f"the workdir holds another model: {phrases}")
+        if phrases := differences({name: position.get(name) for name in stream}, stream):
+            raise CheckpointError(
+                f"the workdir's run is in the middle of other data: {phrases}; give a new run a"
+                " workdir of its own"
+            )
+        restored = self.checkpoints.restore(_trees(programs.abstract), warn=self.log)
+        assert restored is not None  # there are steps
+        step, trees = restored
+        self.log(f"resuming from step {step}")
+        images = self.checkpoints.metadata(step)["position"]["images"]
+        state = programs.abstract._replace(step=programs.placement.put(np.int32(step)), **trees)
+        return state, step, images
 
     def begin(self, step: int, params: Mapping[str, Any]) -> None:
         """From here on metrics are written, those after `step` anew, and SIGTERM is listened to.
 
-        Args:
-            step: steps done.
-            params: a table of their names, shapes and shardings is `parameters.txt`.
+        A table of the parameters' names, shapes and shardings is `parameters.txt`.
         """
         self.enter_context(hosts.listen())
         if hosts.is_primary():

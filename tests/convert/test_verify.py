@@ -18,15 +18,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOLERANCE = {"enat": 5e-5, "autonat": 1e-4, "vqgan": 1e-4}
 RECORDINGS = {  # a file, and which of its arrays are taken
     "forward": ("enat", "enat/forward.npz", ("context", "a/half_masked/", "b/chain2/")),
-    "trace": ("enat", "enat/traces.npz", ("T4/labels", "T4/gumbel", "T4/cfg/")),
     "autonat": ("autonat", "autonat/forward.npz", ("context", "ragged/", "half_masked/")),
     "vqgan": ("vqgan", "vqgan/io.npz", ("",)),
 }
 REPLAYED = {
     "forward": {f"{group}/{name}" for group in ("a/half_masked", "b/chain2/0", "b/chain2/1")
                 for name in ("logits", "feat", "masking")},
-    "trace": {f"T4/cfg/{name}" for name in ("final_ids", "is_mask", "sampled_ids", "sampled_logp",
-                                            "confidence")},
     "autonat": {"ragged/logits", "half_masked/logits"},
     "vqgan": {"encoder_out", "indices", "decode", "random_decode"},
 }  # fmt: skip
@@ -89,7 +86,6 @@ def test_a_wrong_number_of_heads_fails(arrays, enat_weights):
     ("name", "key", "where", "value"),
     [
         ("forward", "a/half_masked/logits", (0, 0, 0), np.nan),
-        ("trace", "T4/cfg/final_ids", (1, 17), 63),
         ("vqgan", "decode", (1, 2, 3, 4), 5.0),
     ],
 )

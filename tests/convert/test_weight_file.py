@@ -129,7 +129,7 @@ class TestTorch:
     )
     def test_a_view_that_does_not_fit_its_storage_is_refused(self, tmp_path, change):
         path = save(tmp_path, {"fine": tensor(), "wrong": tensor(**change)})
-        assert refusal(path).startswith("'wrong' does not fit its storage of ")
+        assert refusal(path).startswith("'wrong': does not fit its storage of ")
 
     @pytest.mark.parametrize(
         ("change", "problem"),

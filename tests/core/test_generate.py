@@ -15,7 +15,6 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from enat_jax.config import Config, SampleConfig, TokenizerConfig
-from enat_jax.convert.verify import verify
 from enat_jax.core.generate import (
     Layout,
     StepRecord,
@@ -34,6 +33,7 @@ from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.models.flops import step_flops
 from enat_jax.sampling.sampler import Sampler
 from tests.support.golden import GOLDEN, enat_from, golden_enat_config
+from tests.support.replay import verify_generations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -54,7 +54,9 @@ def recorded_traces():
 def test_our_sampler_reproduces_the_references_trace_id_for_id(enat, golden, name):
     given = (f"{name}/", f"{name.partition('/')[0]}/labels", f"{name.partition('/')[0]}/gumbel")
     recorded = golden("enat/traces.npz")
-    comparisons = verify(enat, {k: x for k, x in recorded.items() if k.startswith(given)})
+    comparisons = verify_generations(
+        enat, {k: x for k, x in recorded.items() if k.startswith(given)}
+    )
     decisions = {f"{name}/{each}" for each in ("is_mask", "sampled_ids", "final_ids")}
     assert {each.name for each in comparisons if each.exact} == decisions
     numbers = ("sampled_logp", "confidence", "logits", "cond_logits", "uncond_logits")

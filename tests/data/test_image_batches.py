@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from enat_jax.config import ImageConfig, TokenizerRunConfig, TokenizerTrainConfig
 from enat_jax.data.batches import Share
 from enat_jax.data.image_batches import image_batches, read_batches
 from enat_jax.errors import UserError
@@ -11,9 +12,11 @@ from tests.support.images import numbered, png
 
 def batches_of(source, *, batch_size=3, log=None, random_crops=False, limit=0.5, **share):
     warn = (log if log is not None else []).append
-    options = {"size": 4, "seed": 5, "threads": 2, "max_unreadable": limit, "warn": warn}
-    share = Share(batch_size, **share)
-    return image_batches(source, share, random_crops=random_crops, **options)
+    config = TokenizerRunConfig(
+        train=TokenizerTrainConfig(seed=5, image_size=4, random_crops=random_crops),
+        images=ImageConfig(max_unreadable=limit, read_threads=2),
+    )
+    return image_batches(source, Share(batch_size, **share), config, warn=warn)
 
 
 def take(batches, count):

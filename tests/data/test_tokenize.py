@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from einops import rearrange
 
+from enat_jax.config import Config, TokenizerConfig
 from enat_jax.data import records as job_records
 from enat_jax.data import tokenize as job
 from enat_jax.data.batches import DataConfig, record_info
@@ -45,11 +46,16 @@ def pictures(tmp_path_factory):
     return ImageConfig(folder=str(folder), max_unreadable=0.1, shard_size=6)
 
 
-def run(images, data_dir, *, tokenizer=None, log=None, **options):
+def config(images, data_dir, name="pictures", grid=GRID):
+    data = DataConfig(name=name, data_dir=str(data_dir))
+    return Config(images=images, data=data, tokenizer=TokenizerConfig(grid=grid))
+
+
+def run(images, data_dir, *, grid=GRID, tokenizer=None, log=None, **options):
     """Tokenizes with what most tests do not care about; returns the files."""
-    options = {"grid": GRID, "placement": placement(), "batch_size": 4,
+    options = {"placement": placement(), "batch_size": 4,
                "log": [].append if log is None else log.append, **options}  # fmt: skip
-    tokenize(images, tokenizer or Patches(), "pictures", data_dir, **options)
+    tokenize(config(images, data_dir, grid=grid), tokenizer or Patches(), **options)
     return contents(data_dir)
 
 
@@ -185,14 +191,15 @@ class TestInterruptedRuns:
 
 
 ON_FOUR_DEVICES = """
-from enat_jax.data.images import ImageConfig
+from enat_jax.config import Config, DataConfig, ImageConfig, TokenizerConfig
 from enat_jax.data.tokenize import tokenize
 from enat_jax.parallel.placement import MeshConfig, Placement
 from tests.support.images import Patches
 images = ImageConfig(folder=arguments[0], max_unreadable=0.1, shard_size=6)
+data = DataConfig(name="pictures", data_dir=arguments[1])
 assert len(jax.devices()) == 4
-tokenize(images, Patches(), "pictures", arguments[1], grid=(3, 3), batch_size=4,
-         placement=Placement.of(MeshConfig()))
+tokenize(Config(images=images, data=data, tokenizer=TokenizerConfig(grid=(3, 3))), Patches(),
+         batch_size=4, placement=Placement.of(MeshConfig()))
 """
 
 
@@ -252,18 +259,15 @@ def test_pixels_reach_the_tokenizer_between_0_and_1_and_mirrored():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("digits", {}, "out_name = 'digits' is a data set of the project's own"),
-        ("x", {"grid": (3, 4)}, "grid = 3 x 4, must be square"),
-        ("x", {"batch_size": 3, "devices": 2},
-         "batch_size = 3, must be a multiple of 2 devices"),
+        ("digits", {}, "data.name = 'digits' is a data set of the project's own"),
+        ("x", {"grid": (3, 4)}, "tokenizer.grid = 3 x 4, must be square"),
         ("x", {"images": ImageConfig(folder="nowhere")}, "no such folder"),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused_and_leave_nothing(
     pictures, name, options, message, tmp_path
 ):
-    options = {"images": pictures, "grid": GRID, "batch_size": 4, "devices": 1} | options
-    where = placement(options.pop("devices"))
+    cfg = config(**{"images": pictures, "data_dir": tmp_path, "name": name} | options)
     with pytest.raises(UserError, match=message):
-        tokenize(tokenizer=Patches(), out_name=name, data_dir=tmp_path, placement=where, **options)
+        tokenize(cfg, Patches(), batch_size=4, placement=placement())
     assert list(tmp_path.iterdir()) == []

@@ -150,8 +150,8 @@ class TestFeatures:
         weight = SEEDED.weight("fc.weight", (1008, 2048))
         np.testing.assert_allclose(features.logits, features.pool @ weight.T, atol=1e-4)
 
-    def test_of_a_bfloat16_network_they_are_float32(self):
-        model = nnx.eval_shape(lambda: Inception(dtype="bfloat16", rngs=nnx.Rngs(0)))
+    def test_of_images_of_any_shape_they_have_one_length(self):
+        model = nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
         features = nnx.eval_shape(lambda m, x: m(x), model, jnp.zeros((3, 32, 48, 3)))
         assert isinstance(features, Features)
         assert [x.shape for x in features] == [(3, 2048), (3, 2023), (3, 1008)]
@@ -168,12 +168,10 @@ BLOCKS = {
 }
 
 
-def single_block(name, dtype="float32"):
+def single_block(name):
     """The block whose output is recorded, as a compiled function."""
-    graphdef, abstract = nnx.split(
-        nnx.eval_shape(lambda: Block(8, BLOCKS[name], dtype=dtype, rngs=nnx.Rngs(0)))
-    )
-    rules = [rule._replace(source=f"{name}.{rule.source}") for rule in block_rules(name[0])]
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Block(8, BLOCKS[name], rngs=nnx.Rngs(0))))
+    rules = [rule._replace(source=f"{name}.{rule.source}") for rule in block_rules(BLOCKS[name])]
     shapes = {".".join(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
     weights = {}
     for rule in rules:
@@ -196,14 +194,6 @@ def test_the_first_channels_of_mixed_6d_are_its_1x1_branch(recorded):
     block, run = single_block("C")
     x = channels_last(recorded["blocks/C/in"])
     np.testing.assert_allclose(run(x)[..., :192], block.branch1x1(x), atol=1e-5)
-
-
-def test_bfloat16_is_near_float32(recorded):
-    _, run = single_block("C", "bfloat16")
-    out = run(channels_last(recorded["blocks/C/in"]))
-    assert out.dtype == jnp.bfloat16
-    out = np.moveaxis(np.asarray(out.astype(jnp.float32)), -1, 1)
-    assert 1e-4 < apart(out, recorded["blocks/C/out"]) < 0.03
 
 
 @pytest.mark.parametrize(

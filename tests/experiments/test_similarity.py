@@ -41,7 +41,7 @@ def recorded(case):
     """A case's checkpoint, and the first two images of it: records, plans, features, logits."""
     checkpoint = restored(*CASES[case])
     sampler = Sampler(checkpoint.config, checkpoint.ema)
-    layout, traced = sampler.plan()
+    layout, traced = sampler.program.plan()
     plans = [plan for bucket in layout.buckets for plan in bucket.plans]
 
     @jax.jit

@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -137,19 +136,6 @@ class TestAlone:
         assert signal.getsignal(signal.SIGTERM) is before
         with hosts.listen():
             assert not hosts.preempted(0)
-
-    def test_another_thread_than_the_main_one_leaves_the_handler_alone(self):
-        before = signal.getsignal(signal.SIGTERM)
-        seen = []
-
-        def inside():
-            with hosts.listen():
-                seen.append(signal.getsignal(signal.SIGTERM))
-
-        thread = threading.Thread(target=inside)
-        thread.start()
-        thread.join()
-        assert seen == [before]
 
     def test_an_end_is_a_line_and_an_exit_code(self, capsys):
         assert hosts.end("enat train: no such thing", 3) == 3

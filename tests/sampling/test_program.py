@@ -77,7 +77,7 @@ def test_a_batch_is_what_the_devices_can_share():
     devices = jax.devices()[:1] * 4
     program = small_program(Placement.of(MeshConfig(data=4), devices))
     assert (program.batch_size(), program.batch_size(1), program.batch_size(5)) == (8, 4, 8)
-    ids = program.arguments(program.plan()[1], output="token_ids")[2]
+    (_, _, ids, *_), _ = program.lower(output="token_ids").args_info
     assert ids.shape == (8,)
 
 

@@ -19,8 +19,6 @@ from enat_jax.tokenizers.vqgan import (
     ResBlock,
     VQGANConfig,
     abstract_vqgan,
-    decode_flops,
-    encode_flops,
 )
 from enat_jax.tokenizers.vqgan_weights import rules, sizes_from_weights
 from tests.golden.vqgan.load_state import load_state
@@ -244,31 +242,3 @@ def test_a_new_network_tells_images_apart():
         return VQGAN(cfg, rngs=nnx.Rngs(key)).encode(jax.random.uniform(key, (1, 8, 8, 3)))
 
     assert len(set(encode(jax.random.key(0)).ravel().tolist())) > 1
-
-
-class TestFlops:
-    # of a side at which the zeros around the image hardly count (the compiler leaves out products
-    # with them), and wide enough that norms and activations stay a few percent
-    CFG = VQGANConfig(channels=64, channel_multipliers=(1, 2, 3), num_res_blocks=1,
-                      latent_channels=256, codebook_size=512)  # fmt: skip
-    SIDE = 512
-
-    def counted(self, method, shape):
-        """FLOPs that the compiler counts in a method of the network."""
-        graphdef, params = abstract_vqgan(self.CFG)
-        run = jax.jit(lambda params, array: method(nnx.merge(graphdef, params), array))
-        return run.lower(params, shape).cost_analysis()["flops"]
-
-    def test_encoding_costs_what_the_compiler_counts(self):
-        images = jax.ShapeDtypeStruct((1, self.SIDE, self.SIDE, 3), jnp.float32)
-        expected = encode_flops(self.CFG, self.SIDE)
-        assert self.counted(VQGAN.encode, images) == pytest.approx(expected, rel=0.005)
-
-    def test_decoding_costs_what_the_compiler_counts(self):
-        side = self.SIDE // self.CFG.patch
-        token_ids = jax.ShapeDtypeStruct((1, side**2), jnp.int32)
-        count = self.counted(lambda model, ids: model.decode(ids, (side, side)), token_ids)
-        assert count == pytest.approx(decode_flops(self.CFG, self.SIDE), rel=0.005)
-
-    def test_the_published_decoder_costs_187_gflop_at_256_pixels(self):
-        assert decode_flops(VQGANConfig(), 256) == pytest.approx(187e9, rel=0.02)

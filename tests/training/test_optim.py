@@ -10,7 +10,6 @@ from enat_jax.training.optim import (
     learning_rate_schedule,
     make_optimizer,
     skip_unless_finite,
-    update_ema,
 )
 
 
@@ -59,14 +58,6 @@ def test_a_large_gradient_is_clipped_to_the_norm(share, kept):
     unclipped = updates_of(grads, weight_decay=0.0, epsilon=1e6)["kernel"]
     clipped = updates_of(grads, weight_decay=0.0, epsilon=1e6, max_grad_norm=share * 3 * 6**0.5)
     np.testing.assert_allclose(clipped["kernel"], kept * unclipped, rtol=1e-4)
-
-
-def test_the_ema_is_its_formula_leaf_by_leaf():
-    ema = {"a": jnp.array([1.0, 2.0]), "b": jnp.float32(10.0)}
-    params = {"a": jnp.array([3.0, -2.0]), "b": jnp.float32(0.0)}
-    after = update_ema(ema, params, 0.75)
-    np.testing.assert_allclose(after["a"], [0.75 * 1 + 0.25 * 3, 0.75 * 2 - 0.25 * 2])
-    np.testing.assert_allclose(after["b"], 7.5)
 
 
 def test_the_defaults_are_enats_recipe():

@@ -12,13 +12,12 @@ import optax
 import pytest
 from flax import nnx
 
-from enat_jax.config import OptimConfig
+from enat_jax.config import OptimConfig, TrainConfig
 from enat_jax.core.plans import Plan
 from enat_jax.models.enat.weights import never_read
-from enat_jax.training.optim import learning_rate_schedule, make_optimizer, update_ema
+from enat_jax.training.optim import learning_rate_schedule, make_optimizer
 from enat_jax.training.step import (
     Draws,
-    StepConfig,
     TrainState,
     make_draws,
     row_loss,
@@ -122,7 +121,8 @@ def learn(learner, grads, rate, reuse, cfg):
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: leaves[jax.tree_util.keystr(path)], learner.params
     )
-    return Learner(params, update_ema(learner.ema, params, cfg.ema_decay), *states)
+    ema = optax.incremental_update(params, learner.ema, 1 - cfg.ema_decay)
+    return Learner(params, ema, *states)
 
 
 def test_six_optimiser_steps_are_the_references(enat, enat_weights, golden):
@@ -223,7 +223,8 @@ def test_accumulation_changes_nothing_but_memory(enat, batch):
             graphdef=graphdef,
             optimizer=optimizer,
             plans=PLANS,
-            cfg=StepConfig(accumulation=accumulation, ema_decay=0.5),
+            cfg=TrainConfig(accumulation=accumulation),
+            ema_decay=0.5,
         )
         results.append(jax.jit(step)(state, *batch, jax.random.key(1)))
     (once, metrics), (twice, split_metrics) = results
@@ -252,7 +253,7 @@ def test_the_order_is_a_permutation_and_every_position_as_likely_anywhere():
 
 def test_classes_are_dropped_at_their_rate_and_kept_otherwise():
     classes = jnp.arange(20_000).reshape(-1, 4) % 10
-    rate = StepConfig().class_dropout
+    rate = TrainConfig().class_dropout
     draws = make_draws(jax.random.key(0), classes, jnp.full_like(classes, 10), 2, dropout=rate)
     dropped = np.asarray(draws.condition) == 10
     assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / classes.size) ** 0.5

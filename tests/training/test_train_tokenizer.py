@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from enat_jax.checkpoints.tokenizer import load_vqgan
-from enat_jax.config import load_tokenizer_config
+from enat_jax.config import TokenizerRunConfig
+from enat_jax.config_file import read_config
 from enat_jax.errors import UserError
 from enat_jax.training.train_tokenizer import train_tokenizer
 from tests.support.on_hosts import on_devices
@@ -48,8 +49,8 @@ def tiny_config(tmp_path_factory):
     paint(folder / "held_out", 3)
     fields = {**TINY, "images.folder": folder / "train", "held_out.folder": folder / "held_out"}
     tiny = [f"{name}={value}" for name, value in fields.items()]
-    return lambda *overrides: load_tokenizer_config(
-        "configs/photos_tokenizer.py", [*tiny, *overrides]
+    return lambda *overrides: read_config(
+        TokenizerRunConfig, "configs/photos_tokenizer.py", [*tiny, *overrides]
     )
 
 
@@ -104,9 +105,10 @@ def test_others_can_load_the_checkpoint(trained, tiny_config):
 
 FOUR_DEVICES = """
 from enat_jax.parallel.placement import MeshConfig, Placement
-from enat_jax.config import load_tokenizer_config
+from enat_jax.config import TokenizerRunConfig
+from enat_jax.config_file import read_config
 from enat_jax.training.train_tokenizer import TokenizerPrograms
-config = load_tokenizer_config("configs/photos_tokenizer.py", [
+config = read_config(TokenizerRunConfig, "configs/photos_tokenizer.py", [
     "model.channels=2", "model.channel_multipliers=(1, 2)", "model.codebook_size=8",
     "train.batch_size=8", "train.image_size=8", "optim.warmup_steps=0", "loss.adversarial=0.1",
     "loss.codebook_start=1", "loss.restart_after=1", "discriminator.channels=2"])

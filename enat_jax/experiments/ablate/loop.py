@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import os
 import pathlib
 import statistics
 import time
@@ -22,35 +21,28 @@ from enat_jax.experiments.ablate.plot import draw_pareto
 from enat_jax.experiments.ablate.points import Point, make_points
 from enat_jax.experiments.ablate.sheet import keep_tiles, write_sheet
 from enat_jax.experiments.table import Row, Table, write_csv
+from enat_jax.files import Path
 from enat_jax.parallel.compilation import compile_seconds
 from enat_jax.sampling.sampler import Sampler, restore, sampler_of
 
 _COSTS = ("gigaflop_per_image", "gigamac_per_image", "padding")
-_SPEED = ("images_per_second", "compile_seconds")
+_SPEED = ("images_per_second", "compile_seconds")  # of one program: the same for all seeds
 
 
 def ablate(
     cfg: AblateConfig,
-    out: str | os.PathLike[str],
+    out: Path,
     *,
     workdir: str | None = None,
     log: Callable[[str], object] = print,
 ) -> Table:
-    """Measures all points of an ablation, or those that an earlier call left.
+    """Measures all points of an ablation, or those that an earlier call left; gives `results.csv`.
 
     Writes to `out`: `results.csv`, a row per point and seed; `summary.csv`, a row per point, with
     the mean of every score and its sample deviation over the seeds; `pareto.png`, the first score
     against FLOPs and against time; `sheet.png`, a row of images per point, the same noise and
     classes in all of them; `about.json`, what the rows belong to; `tiles/`, the sheet's images.
-
-    Args:
-        cfg: what is compared.
-        out: a folder, new or of the same ablation.
-        workdir: the run of points that name none.
-        log: called with lines for the user.
-
-    Returns:
-        All of `results.csv`.
+    Points that name no run are of `workdir`.
 
     Raises:
         UserError: points that cannot be, all of them at once; a folder of another ablation; or
@@ -109,23 +101,19 @@ def _measure(
     cfg: AblateConfig, points: Sequence[Point], table: Table, log: Callable[[str], object]
 ) -> None:
     """Makes the rows that are missing, those that share a sampler or a run together."""
-    missing = table.missing()
-    unfinished = {name for name, _ in missing}
-    shared: dict[Any, dict[str, list[Point]]] = {}
-    for point in points:
-        if point.name in unfinished:
-            runs = shared.setdefault(point.generator, {})
-            runs.setdefault(point.workdir, []).append(point)
+    missing = [(point, seed) for point in points for seed in cfg.seeds
+               if (point.name, seed) not in table.rows]  # fmt: skip
     numbers = {point.name: number for number, point in enumerate(points)}
-    cost = {point.name: point.flops * (1 + point.padding) for point in points}
-    start, spent = time.perf_counter(), 0.0
+    shared: dict[Any, dict[str, list[tuple[Point, int]]]] = {}
+    for point, seed in missing:
+        runs = shared.setdefault(point.generator, {})
+        runs.setdefault(point.workdir, []).append((point, seed))
+    start, done = time.perf_counter(), 0
     for runs in shared.values():
         sampler, compiled = None, {}  # gives its memory back before the next is made
         for of_run in runs.values():
-            sampler = _with_weights(of_run[0], sampler, log)
-            for point, seed in itertools.product(of_run, cfg.seeds):
-                if (point.name, seed) not in missing:
-                    continue
+            sampler = _with_weights(of_run[0][0], sampler, log)
+            for point, seed in of_run:
                 earlier = [row for row in table.rows.values() if row["point"] == point.name]
                 speed = earlier[0] if earlier else _speed(sampler, point, cfg, compiled)
                 scores, images = _scores(sampler, point, cfg, seed)
@@ -134,26 +122,20 @@ def _measure(
                 table.add(_row(point, seed, cfg, scores, speed))
                 means = summary(table, list(scores))
                 write_csv(table.path.with_name("summary.csv"), means[0], means)
-                spent += cost[point.name]
-                left = [cost[name] for name, _ in table.missing()]
-                minutes = (time.perf_counter() - start) / 60 * sum(left) / spent
+                done += 1
+                minutes = (time.perf_counter() - start) / 60 * (len(missing) / done - 1)
                 text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
                 if not math.isfinite(next(iter(scores.values()))):
                     text += ", which is no score: it is left out of the plot"
                 log(
-                    f"{len(missing) - len(left)} of {len(missing)}: {point.name}, seed {seed}:"
+                    f"{done} of {len(missing)}: {point.name}, seed {seed}:"
                     f" {text}, {speed[_SPEED[0]]:.4g} images/s, {minutes:.1f} min left"
                 )
 
 
 def _with_weights(point: Point, sampler: Sampler | None, log: Callable[[str], object]) -> Sampler:
     """A point's sampler: the one given, if any, which then takes the weights of the point's run."""
-    restored = restore(point.workdir, warn=log)
-    if restored.step != point.checkpoint:
-        raise UserError(
-            f"{point.workdir} has a checkpoint of step {restored.step} now, it had one of step"
-            f" {point.checkpoint}"
-        )
+    restored = restore(point.workdir, step=point.checkpoint, warn=log)
     if sampler is None:
         return sampler_of(restored._replace(config=point.config))
     sampler.update(restored.ema)
@@ -165,11 +147,7 @@ def _speed(
 ) -> dict[str, float]:
     """How fast a point generates token ids; turning them into images is the same for all.
 
-    Args:
-        sampler: the point's.
-        point: compiled here where no point before it had its layout.
-        cfg: how many batches are timed after one that is not, and of how many images.
-        compiled: seconds that compiling took, by layout.
+    `compiled` has the seconds that compiling took by layout, which the first point of each tells.
     """
     size, times = sampler.program.batch_size(cfg.num_images), []
     classes = np.resize(_class_ids(point, cfg), size * (1 + cfg.timed_batches))
@@ -213,12 +191,8 @@ def _class_ids(point: Point, cfg: AblateConfig) -> Int[np.ndarray, " b"]:
 
 def _row(point: Point, seed: int, cfg: AblateConfig, scores: Row, speed: Row) -> Row:
     costs = (point.flops / 1e9, point.flops / 2e9, point.padding)  # 2 FLOPs per multiply-add
-    return {
-        **{"point": point.name, "seed": seed, **scores},
-        **dict(zip(_COSTS, costs, strict=True)),
-        **{name: speed[name] for name in _SPEED},
-        **_settings(point, cfg),
-    }
+    own = {"point": point.name, "seed": seed, **scores, **dict(zip(_COSTS, costs, strict=True))}
+    return {**speed, **own, **_settings(point, cfg)}
 
 
 def _settings(point: Point, cfg: AblateConfig) -> dict[str, Any]:

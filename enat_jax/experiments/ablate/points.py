@@ -80,10 +80,7 @@ def make_points(
 ) -> list[Point]:
     """Reads the runs and plans every point, those of the grid first; nothing is compiled.
 
-    Args:
-        cfg: the ablation.
-        workdir: the run of points that name none.
-        log: called with lines for the user: runs whose training is not done.
+    Points that name no run are of `workdir`; runs whose training is not done are logged.
 
     Raises:
         UserError: all runs that cannot be read and all points that cannot be, at once.

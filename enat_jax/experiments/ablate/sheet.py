@@ -20,11 +20,9 @@ def keep_tiles(folder: pathlib.Path, row: int, images: UInt8[np.ndarray, "k y x 
 
 
 def write_sheet(folder: pathlib.Path, names: Sequence[str]) -> bool:
-    """Draws `sheet.png` of the images kept, if there are any.
+    """Draws `sheet.png` of the images kept, if any, in rows of these names.
 
-    Args:
-        folder: the ablation's.
-        names: of the rows; images smaller than the largest are enlarged.
+    Images smaller than the largest are enlarged.
     """
     paths = {name: folder / "tiles" / f"{row:03d}.npy" for row, name in enumerate(names)}
     rows = {name: np.load(path) for name, path in paths.items() if path.exists()}

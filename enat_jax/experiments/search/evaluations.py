@@ -16,13 +16,9 @@ from enat_jax.sampling.sampler import Sampler
 
 
 def roomy_layout(steps: int, length: int, *, new: int, reuse: bool) -> Layout:
-    """A layout of one padded body, for any counts of so many steps with few enough new tokens.
+    """A layout of one padded body, for any counts of steps that read at most `new` new tokens.
 
-    Args:
-        steps: of the strategies.
-        length: tokens per image.
-        new: most tokens that a step may be the first to read.
-        reuse: whether steps reuse features of earlier ones; otherwise all visible tokens are new.
+    With `reuse`, steps read features of earlier ones; otherwise all visible tokens are new.
     """
     # every plan but the first at the limits: what the loop's buffers are measured by
     limits = Plan(length - 1 if reuse else 0, new, length)
@@ -35,13 +31,8 @@ class Evaluations:
 
     Image i of every strategy has the same class and the same noise, so that a difference between
     two values is the strategies'. At most two programs are compiled: one for strategies that
-    reveal not too many tokens at a time, and where features are reused one for the others.
-
-    Args:
-        cfg: the search's config.
-        sampler: the generator.
-        objective: what strategies are judged by.
-        start: numbers that the search starts from.
+    reveal not too many tokens at a time, and where features are reused one for the others. How
+    many these are, `cfg.margin` says of the numbers that the search starts from.
 
     Attributes:
         parameters: where a strategy's numbers are.
@@ -85,12 +76,9 @@ class Evaluations:
     def __call__(
         self, candidates: Float[np.ndarray, "k n"], images: int, *, together: int | None = None
     ) -> list[dict[str, float]]:
-        """The scores of strategies.
+        """The scores of strategies, by so many images of each.
 
-        Args:
-            candidates: their numbers.
-            images: to make of each.
-            together: strategies that a call of the program takes, however many there are.
+        A call of the program takes as many as `together` says, however many there are.
         """
         room = self.layouts[0].buckets[0].shape.new
         fit = [k for k, numbers in enumerate(candidates) if self._most_new(numbers) <= room]

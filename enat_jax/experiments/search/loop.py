@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from enat_jax.experiments.search.evaluations import Evaluations
 from enat_jax.experiments.search.optimisers import make_optimiser
 from enat_jax.experiments.search.parameters import Parameters
 from enat_jax.experiments.table import Row, Table
-from enat_jax.files import atomic
+from enat_jax.files import Path, atomic
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
 
 
@@ -41,23 +40,13 @@ class Best(NamedTuple):
 
 
 def search(
-    cfg: SearchConfig,
-    restored: Restored,
-    out: str | os.PathLike[str],
-    *,
-    log: Callable[[str], object] = print,
+    cfg: SearchConfig, restored: Restored, out: Path, *, log: Callable[[str], object] = print
 ) -> Best:
     """Searches for a strategy, or goes on where a search in the same folder was stopped.
 
     The folder holds `evaluations.csv`, a row per evaluation; `updates/0000.yaml` and so on, the
     strategy where the optimiser stood after each update; `best.yaml`, the best strategy evaluated
     in the last phase so far; and `about.json`, what it was started with.
-
-    Args:
-        cfg: the search's config.
-        restored: the generator and its config.
-        out: the folder.
-        log: called with lines for the user.
 
     Raises:
         UserError: a folder of another search, a start or an objective that cannot be, a value that
@@ -80,7 +69,7 @@ def starting_numbers(cfg: SearchConfig, sampler: Sampler) -> Float[np.ndarray, "
     if cfg.start == "published":
         return parameters.clamp(parameters.published_start())
     if cfg.start == "run":
-        return parameters.numbers(sampler.strategy(steps=cfg.steps))
+        return parameters.numbers(sampler.program.strategy(steps=cfg.steps))
     try:
         return parameters.numbers(read_strategy(cfg.start, steps=cfg.steps))
     except ValueError as error:
@@ -156,30 +145,21 @@ class _Search:
         """The table's rows of an update, evaluated where they are not there."""
         rows, names = self.table.rows, self.parameters.names
         keys = [(update, k) for k in range(len(candidates))]
-        for key, numbers in zip(keys, candidates, strict=True):
-            row = rows.get(key)
-            if row and (row["images"] != images or np.any(self._numbers(row) != numbers)):
-                raise UserError(
-                    f"{self.table.path}: candidate {key[1]} of update {update} is not the one that"
-                    " this search asks for: remove the folder, or choose another --out"
-                )
         together = min(self.cfg.strategies_per_call or len(keys), len(keys))
         for first in range(0, len(keys), together):
-            group = range(first, min(first + together, len(keys)))
-            missing = [k for k in group if keys[k] not in rows]
-            if not missing:
+            group = slice(first, first + together)
+            if all(key in rows for key in keys[group]):
                 continue
             # the known ones, too: each has its place in the call, whatever was there before
             begin = time.perf_counter()
-            scores = self.evaluate(candidates[list(group)], images, together=together)
+            scores = self.evaluate(candidates[group], images, together=together)
             self.seconds += time.perf_counter() - begin
-            self.evaluated += len(group)
-            new = []
-            for k in missing:
-                numbers = dict(zip(names, candidates[k], strict=True))
-                row = {"update": update, "candidate": k, "images": images, **numbers}
-                new.append({**row, **scores[k - first]})
-            self.table.add(*new)
+            self.evaluated += len(scores)
+            made = []
+            for key, numbers, values in zip(keys[group], candidates[group], scores, strict=True):
+                what = {"update": update, "candidate": key[1], "images": images}
+                made.append(what | dict(zip(names, numbers, strict=True)) | values)
+            self.table.add(*made)
         return [rows[key] for key in keys]
 
     def _values(self, rows: list[Row]) -> Float[np.ndarray, " k"]:

@@ -82,11 +82,7 @@ def clip_ratios(ratios: np.ndarray, length: int) -> np.ndarray:
 
     A searched ratio may exceed the one before it, where the rule clips the count. Such a ratio is
     replaced by the smallest one of its clipped count, and the others are kept: both rules read the
-    same counts from the result.
-
-    Args:
-        ratios: of all steps but the last.
-        length: tokens per image.
+    same counts from the result. `ratios` are of all steps but the last.
     """
     clipped = [float(ratio) for ratio in ratios]
     for step, count in enumerate(clipped_counts(ratios, length)[:-1]):

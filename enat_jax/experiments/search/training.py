@@ -1,7 +1,6 @@
 """The alternating search: training's mask ratios, then the strategy, round after round."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from enat_jax.experiments.search.config import SearchConfig
 from enat_jax.experiments.search.evaluations import Evaluations
 from enat_jax.experiments.search.loop import Best, identity, search, starting_numbers
 from enat_jax.experiments.table import Table
+from enat_jax.files import Path
 from enat_jax.sampling.sampler import Restored, restore, sampler_of
 from enat_jax.training.train import train
 
@@ -21,11 +21,7 @@ Beta = tuple[float, float]
 
 
 def alternate(
-    cfg: SearchConfig,
-    restored: Restored,
-    out: str | os.PathLike[str],
-    *,
-    log: Callable[[str], object] = print,
+    cfg: SearchConfig, restored: Restored, out: Path, *, log: Callable[[str], object] = print
 ) -> Best:
     """Searches training's Beta(a, b) of mask ratios and the strategy, in turns (AutoNAT).
 
@@ -34,16 +30,8 @@ def alternate(
     judges them and the current model under the current strategy; on the best of them the strategy
     is searched, from the current one. A candidate's run is `trained/A_B` in the folder, a round's
     search `round_0` and so on, and `betas.csv` has a row per candidate judged. What is there is
-    not made again: trainings and searches go on where they were stopped.
-
-    Args:
-        cfg: the search's config.
-        restored: the first model and its config.
-        out: the folder.
-        log: called with lines for the user.
-
-    Returns:
-        What came of the last round's search.
+    not made again: trainings and searches go on where they were stopped. What is returned came of
+    the last round's search.
 
     Raises:
         UserError: as `search` and `train`; or candidates' values that are not finite.
@@ -53,10 +41,8 @@ def alternate(
     about = identity(cfg, restored, starting_numbers(cfg, sampler))
     columns = {"round": int, "a": float, "b": float, score: float}
     table = Table(folder / "betas.csv", columns, keys=3, about=about)
-    cfg, rounds = (
-        dataclasses.replace(cfg, training=dataclasses.replace(cfg.training, rounds=0)),
-        cfg.training.rounds,
-    )
+    rounds = cfg.training.rounds
+    cfg = dataclasses.replace(cfg, training=dataclasses.replace(cfg.training, rounds=0))
     current, best = restored, None
 
     def model(beta: Beta) -> Restored:

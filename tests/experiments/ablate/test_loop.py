@@ -98,7 +98,7 @@ def test_every_row_is_the_score_and_the_cost_of_its_settings(done, model):
         }
         assert float(row["checksum"]) == scored(model, int(row["seed"]), **strategy)
         flops = generation_flops(
-            model.config.model, model.plan(**strategy)[0].buckets, padded=False
+            model.config.model, model.program.plan(**strategy)[0].buckets, padded=False
         )
         assert float(row["gigaflop_per_image"]) == flops / 1e9
         assert float(row["gigamac_per_image"]) == flops / 2e9

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 
 from enat_jax.experiments.ablate.plot import draw_pareto, pareto_front
@@ -39,23 +38,13 @@ def test_both_panels_show_every_point_and_name_the_front(drawn):
     assert len(figure.axes) == 2
     for axes, unit in zip(figure.axes, ("GFLOP per image", "ms per image"), strict=True):
         assert unit in axes.get_xlabel()
-        assert {text.get_text() for text in axes.texts} == {
-            "steps=4",
-            "steps=6",
-            "steps=8",
-            "worse",
-        }
         front = next(line for line in axes.lines if line.get_label() == "Pareto front")
         np.testing.assert_allclose(front.get_ydata(), [50 / 4, 50 / 6, 50 / 8])
+    (legend,) = figure.legends
+    names = {text.get_text() for text in legend.get_texts()}
+    assert names == {"steps=4", "steps=6", "steps=8", "worse", "Pareto front"}
     assert figure.axes[1].lines[0].get_xdata()[0] == pytest.approx(40.0)  # ms
     assert "fid score" in figure.axes[0].get_ylabel()
-
-
-def test_names_of_close_points_do_not_lie_on_each_other(drawn):
-    points = [(f"point number {n}", 1 + n / 1000, 0.1, 5 + n / 1000, 0.0) for n in range(6)]
-    for axes in drawn(*points, ("far", 2.0, 0.2, 4.0, 0.0)).axes:
-        boxes = [Text.get_window_extent(text) for text in axes.texts]
-        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_a_single_point_is_drawn(drawn):

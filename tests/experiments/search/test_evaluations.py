@@ -51,7 +51,7 @@ CONFIG = SearchConfig(
 
 def evaluations(name, **changes):
     sampler, cfg = sampler_of(name), dataclasses.replace(CONFIG, **changes)
-    start = PARAMETERS.numbers(sampler.strategy(steps=2))
+    start = PARAMETERS.numbers(sampler.program.strategy(steps=2))
     scored = make_objective(cfg.objective, sampler.config, sampler.placement)
     return Evaluations(cfg, sampler, scored, start), start
 

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from enat_jax.config import Config, SampleConfig, TokenizerConfig
-from enat_jax.convert.verify import verify
 from enat_jax.core.generate import plan_generation
 from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.core.strategy import GenerationStrategy
@@ -27,6 +26,7 @@ from tests.core.test_generate import (
 )
 from tests.support.on_hosts import on_devices
 from tests.support.recorded_autonat import recorded_autonat, recorded_config
+from tests.support.replay import verify_generations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -42,7 +42,8 @@ def autonat():
 
 
 def test_our_sampler_reproduces_the_references_trace_id_for_id(autonat, golden):
-    comparisons = {each.name: each for each in verify(autonat, golden("autonat/trace.npz"))}
+    replayed = verify_generations(autonat, golden("autonat/trace.npz"))
+    comparisons = {each.name: each for each in replayed}
     decisions = {"is_mask", "sampled_ids", "final_ids"}
     assert set(comparisons) == decisions | {"sampled_logp", "confidence", "cond_logits"}
     assert [each for each in comparisons.values() if each.fails(1e-4)] == []
