@@ -28,11 +28,7 @@ def generation_plans(
 ) -> tuple[Plan, ...]:
     """Turns the masked counts after each step into one plan per step.
 
-    Args:
-        masked_counts: tokens still masked after each step, not increasing, the last one 0.
-        length: tokens per image.
-        reuse: whether a step reads features of earlier ones; otherwise all visible tokens are
-            new to it.
+    Without `reuse`, where no step reads features of earlier ones, all visible tokens are new to it.
 
     Raises:
         ValueError: counts that increase, leave a step nothing to predict, or do not end at 0.
