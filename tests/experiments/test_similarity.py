@@ -22,8 +22,6 @@ from enat_jax.experiments.similarity import (
 from enat_jax.sampling.sampler import Sampler
 from tests.support.made_up import made_up
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CASES = {
     "enat": ("digits",),
     "without reuse": ("digits", "strategy.reuse=False"),

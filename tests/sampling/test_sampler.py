@@ -17,8 +17,6 @@ from enat_jax.tokenizers.pixels import Pixels
 from enat_jax.tokenizers.protocol import as_uint8
 from tests.support.on_hosts import on_devices, on_two_hosts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def model(trained):

@@ -28,8 +28,6 @@ from tests.core.test_generate import (
 from tests.support.on_hosts import on_devices
 from tests.support.recorded_autonat import recorded_autonat, recorded_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GUIDED = StrategyConfig(steps=4, masking="autonat")
 
 
