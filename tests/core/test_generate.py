@@ -155,9 +155,9 @@ def classes_of(image_ids):
     return jnp.asarray(image_ids, jnp.int32) % MODEL.num_classes
 
 
-def generation(model, steps, buckets, image_ids) -> Generation:
-    """Generates images by number."""
-    layout, strategy = plan(steps, buckets)
+def generation(model, planned, image_ids) -> Generation:
+    """Generates images by number, of a layout and its traced strategy."""
+    layout, strategy = planned
     image_ids = jnp.asarray(image_ids, jnp.int32)
     params = nnx.split(model)
     ids, records = run(*params, classes_of(image_ids), image_ids, strategy, layout)
@@ -218,7 +218,7 @@ SLOW = [(4, 3), (8, 8), (13, 3), (13, 13), (64, 64)]
 @pytest.fixture(scope="module")
 def generated(enat):
     """Generations of three images by steps and buckets, each made once."""
-    return functools.cache(lambda steps, buckets: generation(enat, steps, buckets, range(3)))
+    return functools.cache(lambda steps, buckets: generation(enat, plan(steps, buckets), range(3)))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def assert_reveals_follow_the_schedule(made, steps, length):
 @pytest.fixture(scope="module")
 def batch_of_32(enat):
     """Images 0 to 31 in 4 steps, generated together."""
-    return generation(enat, 4, 2, range(32))
+    return generation(enat, plan(4, 2), range(32))
 
 
 @pytest.mark.parametrize("size", [1, 7])
