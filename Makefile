@@ -21,7 +21,7 @@ photos: $(VENV)/installed
 	$(BIN)/enat sample --workdir=runs/photos --out=runs/photos/photos.png
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow

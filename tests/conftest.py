@@ -14,7 +14,13 @@ from enat_jax.config import load_config
 from enat_jax.training.train import train
 from tests.support.golden import GOLDEN, enat_from
 
-# What one test compiled no other compiles again, in other processes of the same run neither.
+# Tests compile many small programs and run each a few times: compilation is quick rather than good,
+# here and in the processes that tests start, and what one compiled no other compiles again.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
+if jax.__version_info__ < (0, 11):  # later there are no others
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="enat_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -27,14 +33,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 def _exact_products():
     with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
         yield
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles in half the time: for modules of many tiny programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # configs/digits.py made as small as it can be; a constant rate, so that a longer run has the same
@@ -67,11 +65,8 @@ def tiny_config(tiny_overrides):
 def trained(tiny_config, tmp_path_factory):
     """The workdir of a finished tiny run; tests leave it as it is."""
     workdir = tmp_path_factory.mktemp("trained")
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.default_matmul_precision("highest"):  # as in tests, whose runs need no new programs
         train(tiny_config(), workdir)
-    jax.config.update("jax_disable_most_optimizations", before)
     return workdir
 
 

@@ -63,16 +63,9 @@ def plan_generation(
     """Splits a strategy into what is compiled and what is traced.
 
     The unconditional branch is left out of a step without guidance if no later step reads the
-    features it would have produced there.
-
-    Args:
-        strategy: the strategy.
-        length: tokens per image.
-        cost: FLOPs of one branch at a plan.
-        reuse: whether a step reads features of earlier ones.
-        reads_masked: whether it also reads those of tokens that were masked.
-        buckets: number of compiled bodies, see `plans.group_into_buckets`.
-        max_padding: most extra FLOPs of the automatic choice.
+    features it would have produced there. `reuse` says whether a step reads features of earlier
+    ones, `reads_masked` whether also those of tokens that were masked. The others are as in
+    `plans.group_into_buckets`.
 
     Raises:
         ValueError: a strategy that does not fit the length.
@@ -183,14 +176,8 @@ def generate(
 ) -> tuple[Int[Array, "b l"], list[StepRecord]]:
     """Generates the token ids of images, in raster order, and per bucket its steps' records.
 
-    A jitted caller that does not return the records pays nothing for them.
-
-    Args:
-        network: predicts masked tokens.
-        condition: what the images are generated from, leaves `[b ...]`, such as class ids.
-        strategy: the strategy's traced numbers.
-        noise: standard Gumbel noise per step and position.
-        layout: the strategy's static shapes.
+    The condition's leaves are `[b ...]`, such as class ids. A jitted caller that does not return
+    the records pays nothing for them.
     """
     batch = jax.tree.leaves(condition)[0].shape[0]
     branches = 2 if any(bucket.guided for bucket in layout.buckets) else 1

@@ -91,11 +91,8 @@ def clipped_counts(ratios: np.ndarray, length: int) -> tuple[int, ...]:
     """Tokens still masked after each step under AutoNAT's rule, for any ratios at all.
 
     `floor(length * ratio)`, but at most one less than before the step, and at least 1; so every
-    step but the last ones of very many reveals a token.
-
-    Args:
-        ratios: of all steps but the last, which leaves none.
-        length: tokens per image.
+    step but the last ones of very many reveals a token. The last step, which leaves none, has no
+    ratio here.
     """
     counts, before = [], length
     for ratio in ratios:

@@ -38,14 +38,9 @@ def attend(
 ) -> Float[Array, "b n h c"]:
     """Softmax attention with scale `c ** -0.5`; the softmax is in float32.
 
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        valid: which keys may be read, by all queries or by each; None for all.
-        implementation: `xla`, or `cudnn` for NVIDIA's fused kernel (16-bit types, head sizes that
-            are multiples of 8); where keys are masked, `cudnn` falls back on `xla`, because it
-            takes no such mask.
+    Keys that are `valid` may be read, by all queries or by each. `cudnn` is NVIDIA's fused
+    kernel (16-bit types, head sizes that are multiples of 8); it takes no such mask, so that masked
+    keys fall back on `xla`.
     """
     if implementation == "cudnn" and valid is None:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -61,8 +56,8 @@ def attend(
 class SelfCrossAttention(nnx.Module):
     """SC-attention (ENAT section 4.1): keys and values of context and own tokens side by side.
 
-    Context and own tokens have key/value projections of their own; queries come from own tokens.
-    With one of the two alone it is a cross- or a self-attention.
+    Own tokens, image after image, ask and are read; context, in blocks of images, is only read.
+    Each of the two has a key/value projection; with one alone it is a cross- or a self-attention.
     """
 
     def __init__(
@@ -92,13 +87,7 @@ class SelfCrossAttention(nnx.Module):
         context: Float[Array, "b m d"] | None,
         segments: Segments,
     ) -> Float[Array, "b n d"]:
-        """Attends within each image of a row; where there is nothing to read, values are 0.
-
-        Args:
-            own: the tokens that ask and are read, image after image.
-            context: the tokens that are only read, blocks of images; None where there are none.
-            segments: whose tokens are whose.
-        """
+        """Attends within each image of a row; where there is nothing to read, values are 0."""
         sources: list[tuple[Array, Sequence[Sequence[int]]]] = []
         if context is not None and self.context_key_value is not None:
             sources.append((self.context_key_value(context), segments.context))

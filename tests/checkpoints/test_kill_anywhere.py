@@ -19,6 +19,7 @@ from enat_jax.config import load_config
 from enat_jax.data.batches import Share, record_info, shuffled, training_batches
 from enat_jax.parallel.placement import Placement
 from enat_jax.training.programs import TrainingPrograms
+from tests.support.on_hosts import xla_flags
 
 pytestmark = pytest.mark.slow
 
@@ -75,12 +76,11 @@ class Runs:
         self.attempt += 1
         command = [sys.executable, str(self.out / "driver.py"), str(self.out), str(self.attempt)]
         launcher = ["launch/local_multiprocess.sh", str(processes)] if processes > 1 else []
-        devices = f"--xla_force_host_platform_device_count={2 // processes}"
         return subprocess.Popen(
             [*launcher, *command, *self.fields], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices,
-                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "GRACE": "5"},
+            env={**os.environ, "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu", "GRACE": "5",
+                 "XLA_FLAGS": xla_flags(2 // processes)},
         )  # fmt: skip
 
     def workers(self):

@@ -18,7 +18,6 @@ from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig, VQGANTokenizer, abstra
 CFG = VQGANConfig(
     channels=4, channel_multipliers=(1, 2), num_res_blocks=1, latent_channels=3, codebook_size=7
 )
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def write(folder, params, metadata):

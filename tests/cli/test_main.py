@@ -11,8 +11,6 @@ import enat_jax
 from enat_jax import cli
 from enat_jax.__main__ import VERBS, main
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def failing(kind):
     """A function that raises."""

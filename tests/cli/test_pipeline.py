@@ -10,8 +10,6 @@ from enat_jax import load
 from enat_jax.__main__ import main
 from enat_jax.config import config_from_dict
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VQGAN = [
     "model.channels=4", "model.channel_multipliers=(1,1,1)", "model.num_res_blocks=1",
     "model.latent_channels=4", "model.codebook_size=11", "model.dtype=float32", "train.steps=3",

@@ -30,8 +30,6 @@ from tests.support.imports import RECORDED_VQGAN, published_vqgan, recorded
 from tests.support.recorded_autonat import recorded_config
 from tests.support.torch_file import save_arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SOURCES = {name: GOLDEN / f"{name}/state_dict.safetensors" for name in ("enat", "autonat")}
 CONFIGS = {
     name: Config(model=model, tokenizer=TokenizerConfig(grid=(8, 8)))

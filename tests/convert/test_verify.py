@@ -13,8 +13,6 @@ from enat_jax.evaluation.inception import Features, Inception
 from tests.support.golden import enat_from, golden_enat_config
 from tests.support.imports import recorded
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = {"enat": 5e-5, "autonat": 1e-4, "vqgan": 1e-4}
 RECORDINGS = {  # a file, and which of its arrays are taken
     "forward": ("enat", "enat/forward.npz", ("context", "a/half_masked/", "b/chain2/")),

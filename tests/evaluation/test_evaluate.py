@@ -18,8 +18,6 @@ from tests.evaluation.test_inception_score import score as inception_score
 from tests.support.fake_inception import FakeInception, gaussian, reference, use_fake_inception
 from tests.support.on_hosts import on_two_hosts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGES = 23  # in batches of 20 and 3
 BATCHED = ("sample.batch_size=4", "evaluate.save_every=8")
 

@@ -7,8 +7,6 @@ from flax import nnx
 from enat_jax.evaluation import lpips as module
 from enat_jax.evaluation.lpips import LPIPS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def lpips():

@@ -15,8 +15,6 @@ from tests.support.fake_inception import FakeInception, gaussian
 from tests.support.images import numbered
 from tests.support.on_hosts import on_two_hosts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CFG = VQGANConfig(channels=2, channel_multipliers=(1, 2), num_res_blocks=1, latent_channels=4,
                   codebook_size=8, norm_groups=1)  # fmt: skip
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)

@@ -12,8 +12,6 @@ from enat_jax.parallel.placement import MeshConfig, Placement
 from tests.support.fake_inception import FakeInception, P, Q, use_fake_inception
 from tests.support.on_hosts import on_two_hosts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def small(monkeypatch):

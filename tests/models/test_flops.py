@@ -21,8 +21,6 @@ from enat_jax.models.networks import make_network
 from enat_jax.training.step import Draws, row_loss
 from tests.support.networks import CONFIGS as NETWORKS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Every kind of network, so wide that what the formula leaves out (norms, GELU, softmax, modulation
 # of activations) is a few percent of it. Blocked attention is masked, not saved.
 WIDE = {name: dataclasses.replace(cfg, length=64, codebook_size=512, width=256, num_heads=4)

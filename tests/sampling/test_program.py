@@ -16,8 +16,6 @@ from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.tokenizers.vqgan import VQGANConfig, VQGANTokenizer, abstract_vqgan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = Config(
     model=ENATConfig(length=4, codebook_size=8, num_classes=3, width=16, num_heads=2,
                      encoder_depth=2, decoder_depth=2, dtype="bfloat16"),

@@ -12,7 +12,6 @@ def end(*error):  # at once: JAX would wait for the other process first
     traceback.print_exception(*error)
     os._exit(1)
 sys.excepthook = end
-jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_default_matmul_precision", "highest")
 from enat_jax.parallel import hosts
 port, process, *arguments = sys.argv[1:]
@@ -29,10 +28,14 @@ def free_port():
         return free.getsockname()[1]
 
 
+def xla_flags(devices):
+    """The flags of a process of so many devices, which compiles as the tests do."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+
+
 def start(code, port, process, *arguments, devices):
-    """Starts a program on forced devices of the CPU, which compiles as `quick_compilation` has."""
-    env = {**os.environ, "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}  # fmt: skip
+    """Starts a program on forced devices of the CPU."""
+    env = {**os.environ, "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
     command = [sys.executable, "-c", PREAMBLE + code, *map(str, (port, process, *arguments))]
     return subprocess.Popen(command, env=env, text=True, stderr=subprocess.PIPE)
 

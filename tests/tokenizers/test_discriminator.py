@@ -6,8 +6,6 @@ from flax import nnx
 
 from enat_jax.tokenizers.discriminator import Discriminator, DiscriminatorConfig, hinge_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_there_is_a_verdict_for_every_patch_and_it_depends_on_that_alone():
     discriminator = Discriminator(DiscriminatorConfig(channels=2, levels=2), rngs=nnx.Rngs(0))

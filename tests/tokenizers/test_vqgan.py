@@ -24,8 +24,6 @@ from enat_jax.tokenizers.vqgan_weights import rules, sizes_from_weights
 from tests.golden.vqgan.load_state import load_state
 from tests.support.golden import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = 1e-4
 
 

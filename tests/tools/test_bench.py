@@ -10,8 +10,6 @@ from enat_jax.tokenizers.config import VQGANConfig
 from enat_jax.tokenizers.vqgan import abstract_vqgan
 from enat_jax.tools import bench as bench_module
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BENCH_KEYS = {
     "what", "dtype", "batch_size", "gigaflop_per_image", "images_per_second", "seconds",
     "gigaflop_per_second", "of_float32_matmul_rate", "mfu", "compile_seconds",

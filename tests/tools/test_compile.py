@@ -19,6 +19,7 @@ from enat_jax.parallel.placement import Placement
 from enat_jax.parallel.topologies import describe
 from enat_jax.tools import compile as tool
 from enat_jax.tools.compile import HEADER, Program, Report, compile_program, programs
+from tests.support.on_hosts import xla_flags
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 REPORT = Report("train0", 1e12, True, {"arguments": 2**30, "outputs": 2**30, "aliased": 2**30,
@@ -186,9 +187,7 @@ def test_the_policy_that_computes_least_again_is_suggested(
 
 def compile_tiny(overrides, folder, *arguments):
     """What the verb prints and writes of a tiny run, in a process of its own."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu",
-           "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}  # fmt: skip
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
     command = [sys.executable, "-m", "enat_jax", "compile", "--config=configs/digits.py",
                "--only_first", f"--out={folder / 'out.json'}", "--config.train.batch_size=16",
                *(f"--config.{text}" for text in overrides), *arguments]  # fmt: skip

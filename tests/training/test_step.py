@@ -25,8 +25,6 @@ from enat_jax.training.step import (
 )
 from tests.support.golden import enat_from, torch_arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # What only steps with reused features train; the reference leaves it alone in the other steps.
 ONLY_WITH_REUSE = ("reuse_projection", "context_key_value")
 

@@ -22,8 +22,6 @@ from enat_jax.training.tokenizer_step import (
     vqgan_loss,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CFG = VQGANConfig(channels=4, channel_multipliers=(1,), num_res_blocks=1, latent_channels=4,
                   codebook_size=8, norm_groups=1)  # fmt: skip
 KEY = jax.random.key(0)

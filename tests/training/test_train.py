@@ -14,8 +14,6 @@ from enat_jax.training.programs import TrainingPrograms
 from enat_jax.training.train import train
 from tests.support.runs import assert_same, entries, losses, saved
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def programs_of(config):
     return TrainingPrograms(config, Placement.of(MeshConfig()))

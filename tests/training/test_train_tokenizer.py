@@ -13,8 +13,6 @@ from enat_jax.training.train_tokenizer import train_tokenizer
 from tests.support.on_hosts import on_devices
 from tests.support.runs import assert_same, entries, saved
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # configs/photos_tokenizer.py made as small as it can be; the discriminator begins between
 # two checkpoints
 TINY = {

@@ -69,22 +69,10 @@ class AutoNAT(nnx.Module):
     """The network of AutoNAT (CVPR 2024): a class token and all tokens, masked ones included.
 
     A condition is the images' class ids.
-
-    Args:
-        cfg: sizes.
-        rngs: keys of the initialisation.
-        placement: where blocks and activations lie.
     """
 
-    def __init__(
-        self,
-        cfg: AutoNATConfig,
-        *,
-        rngs: nnx.Rngs,
-        placement: Any = UNPLACED,
-    ):
-        self.cfg = cfg
-        self.placement = placement
+    def __init__(self, cfg: AutoNATConfig, *, rngs: nnx.Rngs, placement: Any = UNPLACED):
+        self.cfg, self.placement = cfg, placement
         self.embedding = TokenEmbedding(cfg.codebook_size + 1, cfg.length, cfg.width, rngs=rngs)
         self.class_embedding = TokenEmbedding(cfg.num_classes + 1, 1, cfg.width, rngs=rngs)
 
@@ -119,13 +107,6 @@ class AutoNAT(nnx.Module):
 
         Padding costs nothing but rows of the head. Plans have no previous tokens: all visible ones
         are new to every step.
-
-        Args:
-            condition: from `embed_condition`.
-            tokens: visible and masked ones.
-            row: whose they are.
-            recalled: nothing, ever.
-            key: turns dropout on.
         """
         rows, g = Rows(self.cfg.length, row), len(row.plans)
         masks = jnp.full_like(tokens.masked_positions, self.cfg.mask_id)

@@ -29,13 +29,7 @@ class Vectors(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Attention and an MLP, modulated through adaLN.
-
-    Args:
-        cfg: the network's.
-        reads_context: whether it reads context beside its own tokens (SC-attention).
-        rngs: keys of the initialisation.
-    """
+    """Attention, SC-attention where it reads context, and an MLP, modulated through adaLN."""
 
     # adaLN's vectors in the order in which one linear layer makes them
     VECTORS: ClassVar = ("shift", "scale", "context_shift", "context_scale", "gate",
@@ -76,14 +70,7 @@ class Block(nnx.Module):
         modulation: Float[Array, "b g r"],
         segments: Segments,
     ) -> Float[Array, "b n d"]:
-        """Updates own tokens.
-
-        Args:
-            x: own tokens, image after image.
-            context: normalised tokens that are only read; None where there are none.
-            modulation: adaLN's vectors of each image, from `self.modulation`.
-            segments: whose tokens are whose.
-        """
+        """Updates own tokens; context is normalised, the vectors are from `self.modulation`."""
         own = Vectors(*self.read_vectors(modulation, Vectors._fields, [segments.own]))
         if context is not None:
             context = self.modulated_context(context, modulation, segments)

@@ -138,15 +138,7 @@ class ENAT(nnx.Module):
     ) -> Features:
         """One network call: encode the new tokens, decode the masked ones, which read them.
 
-        Args:
-            condition: from `embed_condition`.
-            tokens: new and masked ones.
-            row: whose they are.
-            recalled: features of the previous tokens as an earlier call put them out.
-            key: turns dropout on.
-
-        Returns:
-            The features of all tokens; `logits` reads the masked ones'.
+        What is recalled are features of the previous tokens as an earlier call put them out.
         """
         memory = self.memory
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)

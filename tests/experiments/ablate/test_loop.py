@@ -18,8 +18,6 @@ from enat_jax.models.flops import generation_flops
 from enat_jax.sampling import program
 from tests.support.made_up import made_up, save
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGES = 30  # three batches of 8 and one that is filled up
 CLASSES = np.arange(IMAGES) % 10
 TWO_STEPS = {"strategy": {"steps": (2,)}}

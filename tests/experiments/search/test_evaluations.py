@@ -14,8 +14,6 @@ from enat_jax.sampling.sampler import Sampler
 from tests.support.made_up import made_up
 from tests.support.on_hosts import on_devices
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PARAMETERS = Parameters(2)
 IMAGES = 11  # in batches of 8: a full one, and a part of one
 NAMES = ("digits", "digits_autonat")

@@ -125,7 +125,6 @@ def test_another_config_is_refused(model, tmp_path, trainings):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_tiny_run_is_trained_judged_and_searched(trained, tmp_path):
     cfg = SearchConfig(
         steps=2, num_images=(20,), updates=(1,), objective=ObjectiveConfig(name="digits"),

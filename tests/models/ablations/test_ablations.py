@@ -16,8 +16,6 @@ from tests.support.networks import (
     without_previous,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ORDER = jnp.arange(16)[None]
 PLAN = Plan(4, 5, 7)
 NEW = {4, 5, 6, 7, 8}

@@ -14,21 +14,10 @@ from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.models.flops import step_flops
 from enat_jax.parallel.placement import MeshConfig
 from enat_jax.sampling.sampler import Sampler
-from tests.core.test_generate import (
-    Generation,
-    assert_same_images,
-    classes_of,
-    cut,
-    margin,
-    noise_everywhere,
-    revealed,
-    run,
-)
+from tests.core.test_generate import assert_same_images, classes_of, generation, run
 from tests.support.on_hosts import on_devices
 from tests.support.recorded_autonat import recorded_autonat, recorded_config
 from tests.support.replay import verify_generations
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GUIDED = StrategyConfig(steps=4, masking="autonat")
 
@@ -72,22 +61,10 @@ def planned(cfg, buckets):
     return plan_generation(make_strategy(cfg), model.length, cost, reuse=False, buckets=buckets)
 
 
-def generation(model, cfg, buckets, image_ids):
-    """Generates images by number."""
-    layout, strategy = planned(cfg, buckets)
-    image_ids = jnp.asarray(image_ids, jnp.int32)
-    ids, records = run(*nnx.split(model), classes_of(image_ids), image_ids, strategy, layout)
-    taken = cut(records, strategy)
-    noise = noise_everywhere(image_ids, layout.steps)
-    numbers = (revealed(strategy), strategy.sampling_temperature, noise)
-    margins = [margin(*each) for each in zip(taken, *map(np.asarray, numbers), strict=True)]
-    return Generation(np.asarray(ids), taken, np.min(margins, axis=0))
-
-
 @pytest.fixture(scope="module")
 def together(autonat):
     """Eight images by strategy, each of whose steps has a body of its own."""
-    return functools.cache(lambda cfg: generation(autonat, cfg, 4, range(8)))
+    return functools.cache(lambda cfg: generation(autonat, planned(cfg, 4), range(8)))
 
 
 def test_another_strategy_runs_in_the_same_program(autonat):

@@ -21,8 +21,6 @@ from tests.support.recorded_autonat import (
     recorded_weights,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = pathlib.Path(__file__).parents[3] / "configs/autonat_l_256.py"
 
 

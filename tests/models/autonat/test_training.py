@@ -25,8 +25,6 @@ from tests.support.recorded_autonat import (
 )
 from tests.support.runs import Killed, assert_same, losses, saved, watch
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Its gradients.
 
 

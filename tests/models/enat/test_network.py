@@ -20,8 +20,6 @@ from enat_jax.models.layers import layer_norm
 from tests.support.golden import enat_from
 from tests.support.networks import parameter_count
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIGS = sorted((pathlib.Path(__file__).parents[3] / "configs").glob("enat_*.py"))
 PARAMETERS = {  # with the MLP that the reference builds and never calls; millions in its paper
     "enat_s_256": (50_384_219, None),
