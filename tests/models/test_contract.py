@@ -107,6 +107,32 @@ def test_images_of_a_row_do_not_touch(name):
     np.testing.assert_allclose(together, np.mean(alone), rtol=1e-5)
 
 
+@each("enat", "all_tokens", "masked_to_masked", "autonat")
+def test_padding_of_drawn_plans_is_read_by_nothing(name):
+    graphdef, params = nnx.split(network(name))
+    tokens, draws, _ = row(CONFIGS[name])
+    fits, *plans = (
+        tuple(without_previous(plan, CONFIGS[name]) for plan in several)
+        for several in ((Plan(6, 5, 12), Plan(0, 7, 15)), PLANS, (Plan(3, 2, 11), Plan(0, 2, 14)))
+    )
+    drawn = draws._replace(plans=jnp.array(plans))
+    padded = loss_and_grad(graphdef, params, params, tokens, drawn, fits)
+    exact = [
+        loss_and_grad(
+            graphdef,
+            params,
+            params,
+            tokens[i : i + 1],
+            jax.tree.map(lambda x, i=i: x[i : i + 1], draws),
+            plans[i],
+        )
+        for i in range(2)
+    ]
+    exact = jax.tree.map(lambda a, b: (a + b) / 2, *exact)
+    for ours, expected in zip(*map(jax.tree.leaves, (padded, exact)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", [name for name, cfg in CONFIGS.items() if cfg.carries_features])
 def test_training_recalls_what_generation_carries(name):
     # what a step that reveals the first tokens hands on, and the step after it reads

@@ -30,7 +30,7 @@ def test_padding_is_left_out_whatever_the_counts_are(visible):
 
     @jax.jit
     def run(visible):
-        rows = Rows(length, RowPlan((shape,), Plan(0, visible, length - visible)))
+        rows = Rows(length, RowPlan((shape,), (Plan(0, visible, length - visible),)))
         padded = jnp.where(jnp.arange(4) < visible, jnp.arange(4), -1)
         masked = jnp.where(jnp.arange(5) < length - visible, 10 + jnp.arange(5), -1)
         together = rows.together(padded[None], masked[None])

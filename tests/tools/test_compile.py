@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import pytest
 
 from enat_jax.__main__ import main
-from enat_jax.core.plans import training_plans
 from enat_jax.models.flops import training_flops
 from enat_jax.parallel.accelerators import Accelerator
 from enat_jax.parallel.placement import Placement
 from enat_jax.parallel.topologies import describe
 from enat_jax.tools import compile as tool
 from enat_jax.tools.compile import HEADER, Program, Report, compile_program, programs
+from enat_jax.training.programs import TrainingPrograms
 from tests.support.on_hosts import xla_flags
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -72,10 +72,8 @@ def test_every_program_of_a_run_is_there_and_nothing_is_allocated(tiny_config):
     made["init"].lower()
     assert max((array.size for array in jax.live_arrays()[before:]), default=0) < 100
     assert list(made) == ["init", "train0", "train1", "sample"]
-    plans = training_plans(
-        64, programs=2, images_per_row=2, mask_beta=config.train.mask_beta, seed=0
-    )
-    assert made["train1"].model_flops == 8 * training_flops(config.model, plans[1])
+    shapes = [stratum.shape for stratum in TrainingPrograms(config, placement).rows[1]]
+    assert made["train1"].model_flops == 8 * training_flops(config.model, shapes)
     first = programs(config, placement, ["train"], only_first=True)
     assert [each.name for each in first] == ["train0"]
 

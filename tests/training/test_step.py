@@ -23,6 +23,7 @@ from enat_jax.training.step import (
     row_loss,
     training_step,
 )
+from enat_jax.training.strata import Stratum, training_strata
 from tests.support.golden import enat_from, torch_arrays
 
 # What only steps with reused features train; the reference leaves it alone in the other steps.
@@ -178,6 +179,13 @@ def test_the_learning_rate_warms_up_after_two_steps_at_0():
 # What a step promises, on rows of several images.
 
 PLANS = (Plan(0, 20, 44), Plan(5, 4, 55))
+ROW = tuple(Stratum(plan, np.array([plan])) for plan in PLANS)  # whose plans are always the same
+
+
+def drawn(key, classes, length, *, row=ROW, dropout=0.0, further=0.0):
+    """What a step draws for classes whose null is 10."""
+    null = jnp.full_like(classes, 10)
+    return make_draws(key, classes, null, length, row, dropout=dropout, further_dropout=further)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +197,7 @@ def batch():
 
 def test_every_image_of_a_row_counts_the_same(enat, batch):
     tokens, classes = (x[:2].reshape(1, 2, *x.shape[1:]) for x in batch)
-    draws = make_draws(jax.random.key(0), classes, 0 * classes, 64, dropout=0.0)
+    draws = drawn(jax.random.key(0), classes, 64)._replace(plans=None)
 
     @functools.partial(jax.jit, static_argnums=2)
     def loss(tokens, draws, plans):
@@ -220,7 +228,7 @@ def test_accumulation_changes_nothing_but_memory(enat, batch):
             training_step,
             graphdef=graphdef,
             optimizer=optimizer,
-            plans=PLANS,
+            row=ROW,
             cfg=TrainConfig(accumulation=accumulation),
             ema_decay=0.5,
         )
@@ -241,7 +249,7 @@ def test_accumulation_changes_nothing_but_memory(enat, batch):
 def test_the_order_is_a_permutation_and_every_position_as_likely_anywhere():
     images = 4000
     classes = jnp.zeros((images, 1), jnp.int32)
-    draws = make_draws(jax.random.key(0), classes, classes, 8, dropout=0.0)
+    draws = drawn(jax.random.key(0), classes, 8)
     order = np.asarray(draws.order)[:, 0]
     assert np.all(np.sort(order, axis=1) == np.arange(8))
     counts = np.stack([np.bincount(column, minlength=8) for column in order.T])
@@ -251,17 +259,31 @@ def test_the_order_is_a_permutation_and_every_position_as_likely_anywhere():
 
 def test_classes_are_dropped_at_their_rate_and_kept_otherwise():
     classes = jnp.arange(20_000).reshape(-1, 4) % 10
-    rate = TrainConfig().class_dropout
-    draws = make_draws(jax.random.key(0), classes, jnp.full_like(classes, 10), 2, dropout=rate)
-    dropped = np.asarray(draws.condition) == 10
-    assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / classes.size) ** 0.5
+    draws = drawn(jax.random.key(0), classes, 2, row=ROW * 2, dropout=0.15, further=0.1)
+    dropped, for_all = (np.asarray(x) == 10 for x in (draws.condition, draws.given))
+    for made, rate in ((for_all, 0.15), (dropped, 0.235)):
+        assert abs(made.mean() - rate) < 4 * (rate * (1 - rate) / classes.size) ** 0.5
+    assert np.all(dropped[for_all])  # what the moving average does not see the learner does not
     assert np.all((draws.condition == classes) | dropped)
+    assert np.all((draws.given == classes) | for_all)
 
 
 def test_two_steps_of_a_run_draw_differently(enat, batch):
     keys = [jax.random.fold_in(jax.random.key(1), step) for step in range(2)]
-    orders = [
-        make_draws(key, batch[1][None], 10 + 0 * batch[1][None], 64, dropout=0.5) for key in keys
-    ]
-    assert np.any(orders[0].order != orders[1].order)
-    assert np.any(orders[0].condition != orders[1].condition)
+    row = training_strata(64, lambda plan: 1.0, programs=1, images_per_row=8)[0]
+    one, other = (drawn(key, batch[1][None], 64, row=row, dropout=0.5) for key in keys)
+    assert np.any(one.order != other.order)
+    assert np.any(one.condition != other.condition)
+    assert np.any(one.plans != other.plans)
+
+
+def test_the_moving_average_reads_the_class_that_was_given(enat, batch):
+    tokens, classes = (x[:2].reshape(1, 2, *x.shape[1:]) for x in batch)
+    draws = drawn(jax.random.key(0), classes, 64)
+
+    @jax.jit
+    def loss(draws):
+        return row_loss(enat, enat, tokens, draws, PLANS, label_smoothing=0.1)
+
+    same, other = (loss(draws._replace(given=given)) for given in (classes, 10 - 0 * classes))
+    assert loss(draws) == same != other

@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from enat_jax.errors import UserError
-from enat_jax.models.flops import training_flops
 from enat_jax.parallel.accelerators import Accelerator
 from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.training import programs as programs_module
@@ -66,7 +65,7 @@ def test_flops_are_images_times_the_formula_and_mfu_their_share_of_all_devices(
 ):
     programs = programs_of(tiny_config())
     summary = programs.summary(4, images_per_second=1e12)
-    flops = np.mean([training_flops(programs.config.model, plans) for plans in programs.plans])
+    flops = programs.flops
     assert summary["teraflops_per_second"] == pytest.approx(flops)
     assert "mfu" not in summary  # nobody specifies a CPU's peak
     card = Accelerator("card", ("cpu",), 8e12, 1)
@@ -117,8 +116,7 @@ def test_every_program_runs_once_in_each_cycle_as_seed_and_step_say(tiny_config)
     programs, again, other = (
         programs_of(tiny_config("train.programs=4", f"train.seed={seed}")) for seed in (0, 0, 1)
     )
-    assert len(programs.programs) == len(programs.plans) == 4
-    assert again.plans == programs.plans != other.plans
+    assert len(programs.programs) == len(programs.rows) == 4
     drawn = np.array([programs.program(step) for step in range(400)])
     cycles = drawn.reshape(100, 4)
     np.testing.assert_array_equal(np.sort(cycles, axis=1), np.tile(np.arange(4), (100, 1)))
