@@ -342,7 +342,10 @@ class LossConfig:
 def _feasible(strategy: StrategyConfig, length: int) -> bool:
     """Raises ValueError unless every step reveals a token and leaves the next something to do."""
     if strategy.rule != "file":  # a file is read where it is used
-        make_strategy(strategy, length).masked_counts(length)
+        try:
+            make_strategy(strategy, length).masked_counts(length)
+        except ValueError as error:
+            raise ValueError(f"strategy: {error}") from error
     return True
 
 

@@ -178,7 +178,7 @@ def _apply(rule: Any, config: Any, path: str, wrong: dict[str, list[str]]) -> No
         if not fit(*values):
             wrong[names[0]] = [f"{shown[0]} {limit.format(*shown)}"]
     except ValueError as error:
-        wrong[names[0]] = [f"{names[0]}: {error}"]
+        wrong[names[0]] = [str(error)]
 
 
 def _within(name: str, section: str) -> bool:

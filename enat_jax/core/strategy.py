@@ -45,7 +45,7 @@ class GenerationStrategy:
             object.__setattr__(self, name, array)
             shapes[name] = array.shape
             if not np.all(np.isfinite(array) & in_range(array)):
-                problems.append(f"{name} must be finite and {limits}, not {array.tolist()}")
+                problems.append(f"{name} must be {limits} and finite, not {array.tolist()}")
         ratio = self.mask_ratio
         if len(set(shapes.values())) > 1 or ratio.ndim != 1 or not ratio.size:
             problems.append(f"arrays must all be of one length, not {shapes}")

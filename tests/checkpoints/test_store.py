@@ -401,6 +401,7 @@ checkpoints = Checkpoints(directory)
 """
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_may_change_and_all_pass_over_what_is_corrupt(tmp_path):
     on_two_hosts(
         HOSTS

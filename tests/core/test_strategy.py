@@ -234,14 +234,17 @@ class TestFile:
         content = {**SEARCHED, "manual_scale": [1.0]}
         del content["manual_cfg"]
         message = self.refusal(write(content))
-        assert "unknown key 'manual_scale'; no key 'manual_cfg'; keys must be" in message
+        assert (
+            "must have the keys manual_ratios, manual_temp, manual_samp_temp, manual_cfg" in message
+        )
+        assert "'manual_scale'" in message
 
     @pytest.mark.parametrize("key", ["manual_cfg", "manual_samp_temp", "manual_temp"])
     def test_lengths_that_do_not_fit_are_named(self, write, key):
         message = self.refusal(write({**SEARCHED, key: [1.0] * 5}))
-        wrong = "manual_cfg" if key == "manual_samp_temp" else key
-        assert f"{wrong} has {len(SEARCHED[wrong]) if wrong != key else 5} values" in message
-        assert f"manual_samp_temp has {5 if key == 'manual_samp_temp' else 8}" in message
+        assert "arrays must all be of one length" in message
+        assert "(5,)" in message
+        assert "(8,)" in message
 
     def test_a_ratio_that_rises_is_named_with_its_step(self, write):
         rising = [0.9, 0.5, 0.6, 0.4, 0.3, 0.2, 0.1]
@@ -251,7 +254,7 @@ class TestFile:
     @pytest.mark.parametrize("value", [".nan", ".inf"])
     def test_a_number_that_is_not_finite_is_named(self, write, value):
         text = yaml.safe_dump({**SEARCHED, "manual_cfg": 8 * ["X"]}).replace("X", value)
-        assert "guidance_scale must be finite" in self.refusal(write(text))
+        assert "guidance_scale must be >= 0 and finite" in self.refusal(write(text))
 
     @pytest.mark.parametrize("values", [["a"] * 8, [[1.0], [2.0, 3.0]], None])
     def test_values_that_are_no_numbers_are_refused(self, write, values):
@@ -266,7 +269,7 @@ class TestFile:
         ("choice_temperature", [-1.0, 0.0], "choice_temperature must be >= 0"),
         ("sampling_temperature", [1.0, 0.0], "sampling_temperature must be > 0"),
         ("guidance_scale", [0.0, -2.0], "guidance_scale must be >= 0"),
-        ("guidance_scale", [0.0, np.nan], "guidance_scale must be finite"),
+        ("guidance_scale", [0.0, np.nan], "guidance_scale must be .* finite"),
         ("guidance_scale", [0.0], "arrays must all be of one length"),
     ],
 )

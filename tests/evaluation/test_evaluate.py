@@ -143,6 +143,7 @@ def assert_same_result(file, one):
             assert others[protocol][name] == pytest.approx(value, rel=1e-9), name
 
 
+@pytest.mark.slow
 def test_two_hosts_have_one_hosts_scores_however_they_were_stopped(trained, small, run):
     one = run("one.json", *BATCHED)
     stop(lambda out: run(out, *BATCHED), "stopped_on_one.json")

@@ -92,7 +92,7 @@ def seen(network, images):
     }
 
 
-@pytest.mark.parametrize("size", RECORDED)
+@pytest.mark.parametrize("size", [299, 64, pytest.param(256, marks=pytest.mark.slow)])
 class TestRecorded:
     def test_pool_features_are_the_references(self, seen, recorded, size):
         features, _ = seen[size]

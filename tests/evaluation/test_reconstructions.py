@@ -82,6 +82,7 @@ with open(f"{arguments[0]}/{process}.json", "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_two_hosts_see_what_one_sees(split, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_inception", lambda path: FakeInception())
     on_two_hosts(TWO_HOSTS, tmp_path)

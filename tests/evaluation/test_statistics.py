@@ -109,6 +109,7 @@ with pytest.raises(t.UserError, match="1 of 11 images are unreadable"):
 """
 
 
+@pytest.mark.slow
 def test_two_hosts_have_one_hosts_statistics(small, pictures, tmp_path, monkeypatch):
     folder, _ = pictures
     (folder / "a/02.png").write_bytes(b"")

@@ -58,7 +58,10 @@ def recorded(case):
     return checkpoint, plans, *run(sampler.params)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [
+    "enat", "autonat", *(pytest.param(case, marks=pytest.mark.slow)
+                         for case in ("without reuse", "projected once")),
+])  # fmt: skip
 def test_features_are_those_that_the_generation_had_its_logits_from(case):
     _, plans, records, _, _, logits, _ = recorded(case)
     assert len(logits) == len(plans) == 3

@@ -169,7 +169,7 @@ def sample(graphdef, params, strategy, layout):
     return ids, records[-1].logits[-1]
 
 
-@each("enat", "all_tokens", "autonat")
+@each("enat", "autonat")
 def test_exact_bucketed_and_one_bucket_generation_agree(name):
     model = network(name)
     strategy = GenerationStrategy(

@@ -86,6 +86,7 @@ class TestImages:
         assert floats.dtype == np.float32
         np.testing.assert_array_equal(as_uint8(floats), rounded)
 
+    @pytest.mark.slow
     def test_how_many_are_decoded_at_a_time_changes_nothing(self, model):
         whole = with_config(model, sample={"decode_batch_size": 8}).sample([1] * 6)
         for size in (1, 3, 100):

@@ -124,6 +124,7 @@ def learn(learner, grads, rate, reuse, cfg):
     return Learner(params, ema, *states)
 
 
+@pytest.mark.slow
 def test_six_optimiser_steps_are_the_references(enat, enat_weights, golden):
     recorded = golden("enat/train_trajectory.npz")
     cfg = OptimConfig(

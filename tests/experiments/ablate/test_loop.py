@@ -150,6 +150,7 @@ def test_numbers_and_runs_of_one_network_share_a_program_and_keep_their_weights(
     assert [row["workdir"] for row in rows(tmp_path / "out")[::2]] == list(workdirs)
 
 
+@pytest.mark.slow
 def test_fields_of_the_network_that_leave_its_weights_alone_are_compared(trained, tmp_path):
     grid = {"model": {"reproject": (True, False)}, "strategy": {"steps": 4}}
     run(tmp_path, trained, grid=grid, seeds=(0,))

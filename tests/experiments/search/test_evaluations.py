@@ -58,7 +58,7 @@ def values(evaluate, asked, **options):
     return [scores["ink"] for scores in evaluate(asked, IMAGES, **options)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["digits", pytest.param("digits_autonat", marks=pytest.mark.slow)])
 def test_an_update_is_the_finite_differences_that_the_plain_sampler_gives(name, tmp_path):
     evaluate, start = evaluations(name)
     optimiser = make_optimiser(CONFIG, start, PARAMETERS, phase=0)

@@ -95,6 +95,7 @@ def test_all_but_the_mask_ratios_is_trained_as_the_run_was(model, tmp_path, trai
         assert config == dataclasses.replace(model.config, train=train)
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_goes_on_to_the_same_end(model, tmp_path, trainings):
     search(model, tmp_path / "complete")
     complete, asked = (tmp_path / "complete/betas.csv").read_text(), Distance.asked

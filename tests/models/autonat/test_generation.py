@@ -117,6 +117,7 @@ np.save(arguments[0], np.stack([sampler_tokens(mesh) for mesh in meshes]))
 """
 
 
+@pytest.mark.slow
 def test_an_image_is_the_same_on_eight_devices(together, tmp_path):
     on_devices(ON_EIGHT_DEVICES, tmp_path / "tokens.npy", devices=8)
     for tokens in np.load(tmp_path / "tokens.npy"):

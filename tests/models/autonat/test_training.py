@@ -101,6 +101,7 @@ def finished(config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     config, finished, tmp_path, monkeypatch
 ):
@@ -193,5 +194,6 @@ np.testing.assert_allclose(one, eight, rtol=1e-5)
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_same_steps_as_one():
     on_devices(STEPS, devices=8)
