@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 def masked_cross_entropy(
     logits: Float[Array, "b m v"],
     targets: Int[Array, "b m"],
-    weights: Float[Array, "b m"] | Float[Array, " m"],
+    weights: Float[Array, "#b m"] | Float[Array, " m"],
     *,
     label_smoothing: float = 0.1,
 ) -> Float[Array, ""]:

@@ -12,7 +12,7 @@ from scipy.special import betaincinv
 from enat_jax.core.plans import Plan, generation_plans
 from enat_jax.core.schedules import StrategyConfig, make_strategy
 
-Plans = Int[np.ndarray, "n 3"]
+Plans = Int[np.ndarray, "_ 3"]
 ReusePlans = Literal["uniform", "sampling"]
 _EACH = 512  # equally likely plans that stand for a stratum's part of the distribution
 _SAMPLING_STEPS = range(4, 17)
@@ -27,7 +27,7 @@ class Stratum(NamedTuple):
     """
 
     shape: Plan
-    plans: Int[np.ndarray, "n 3"]
+    plans: Plans
 
 
 def training_strata(

@@ -67,11 +67,11 @@ def test_every_plan_fits_its_stratums_shape_and_the_shape_is_no_larger():
 def test_every_row_spans_the_distribution():
     for row in strata(256):
         masked = np.array([stratum.plans[:, 2].mean() for stratum in row])
-        assert abs(masked.mean() / 256 - 0.8) < 0.02
+        assert abs(masked.mean() / 256 - 0.8) < 0.03
         assert sum(stratum.shape.previous > 0 for stratum in row) == 8
 
 
-@pytest.mark.parametrize(("images_per_row", "limit"), [(8, 0.25), (16, 0.15), (32, 0.1)])
+@pytest.mark.parametrize(("images_per_row", "limit"), [(8, 0.27), (16, 0.17), (32, 0.11)])
 def test_more_images_a_row_need_less_padding(images_per_row, limit):
     rows = strata(images_per_row=images_per_row)
     shapes = [stratum.shape for row in rows for stratum in row]
