@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
             "train": {
                 "steps": 3500,
                 "batch_size": 64,
-                "images_per_row": 16,
-                "programs": 4,
+                "images_per_row": 4,
+                "programs": 2,
                 "mask_beta": (4.0, 2.0),
                 "class_dropout": 0.1,
                 "label_smoothing": 0.0,

@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
             "train": {
                 "steps": 50000,
                 "batch_size": 256,
-                "images_per_row": 16,
+                "images_per_row": 8,
                 "programs": 4,
                 "class_dropout": 0.1,
                 "label_smoothing": 0.1,

@@ -143,13 +143,15 @@ class TrainConfig(LoopConfig):
 
     Attributes:
         accumulation: microbatches a step's gradient is averaged over.
-        images_per_row: images packed into one row, each from a stratum of the mask ratios of its
-            own; more of them need less padding.
-        programs: compiled training programs, each with strata of its own.
+        images_per_row: images packed into one row, each with its own stratum of the plans.
+        programs: compiled training programs, each with its own strata.
+        strata: `fixed` shows one plan of each, `drawn` draws another at every step, as the authors
+            do: so all mask ratios and reuse fractions occur, at the price of padding, which is less
+            with more images a row (and printed).
         mask_beta: the mask ratio's Beta distribution.
         reuse_probability: share of images trained with reused features.
-        reuse_plans: how their tokens are shared out: `uniform` takes the paper's uniform fraction,
-            `sampling` the steps of generation with 4 to 16 steps.
+        reuse_plans: how the tokens of these are shared out where they are drawn: `uniform` takes
+            the paper's uniform fraction, `sampling` the steps of generation with 4 to 16 steps.
         class_dropout: share of images trained without their class.
         further_class_dropout: share of the rest without it for the network that learns, but not
             for the EMA whose features it reuses. The reference drops 0.15 in its data and a
@@ -162,6 +164,7 @@ class TrainConfig(LoopConfig):
     accumulation: int = limited(1, at_least=1)
     images_per_row: int = limited(8, at_least=1)
     programs: int = limited(4, at_least=1, at_most=4)
+    strata: Literal["fixed", "drawn"] = "fixed"
     mask_beta: tuple[float, float] = limited((12.0, 3.0), above=0)
     reuse_probability: float = limited(0.5, at_least=0, at_most=1)
     reuse_plans: Literal["uniform", "sampling"] = "uniform"
@@ -174,6 +177,8 @@ class TrainConfig(LoopConfig):
         ("batch_size images_per_row accumulation",
          lambda images, row, accumulation: images % (row * accumulation) == 0,
          "must be a multiple of {1} x {2}"),
+        ("reuse_plans strata", lambda plans, strata: plans == "uniform" or strata == "drawn",
+         "needs strata = 'drawn', not {1}"),
     )  # fmt: skip
 
 

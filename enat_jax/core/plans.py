@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import betaincinv
 
 
 class Plan(NamedTuple):
@@ -38,6 +39,55 @@ def generation_plans(
     visible = [length - count for count in masked[:-1]]
     previous = [0, *visible[:-1]] if reuse else [0] * len(visible)
     return tuple(Plan(p, v - p, length - v) for p, v in zip(previous, visible, strict=True))
+
+
+def training_plans(
+    length: int,
+    *,
+    programs: int,
+    images_per_row: int,
+    mask_beta: tuple[float, float] = (12.0, 3.0),
+    reuse_probability: float = 0.5,
+    seed: int = 0,
+) -> tuple[tuple[Plan, ...], ...]:
+    """A stratified sample of the training distribution: `programs` rows of `images_per_row` plans.
+
+    Masked counts are Beta(a, b) quantiles at the middles of equally likely strata, dealt out so
+    that every single row spans the whole distribution. A share `reuse_probability` of the plans
+    keeps a stratified uniform fraction of the visible tokens as previous ones (ENAT section 4.2).
+
+    Args:
+        length: tokens per image, at least 2.
+        programs: number of rows, each one compiled training program.
+        images_per_row: images packed into a row.
+        mask_beta: parameters (a, b) of the mask ratio's Beta distribution.
+        reuse_probability: share of images trained with reused features, in [0, 1].
+        seed: pairs mask ratios with reuse fractions.
+    """
+    total = programs * images_per_row
+    rng = np.random.default_rng(seed)
+    quantiles = (np.arange(total) + 0.5) / total
+    ratios = betaincinv(*mask_beta, quantiles)
+    masked = np.clip(np.rint(ratios * length).astype(int), 1, length - 1)
+    rows = masked.reshape(images_per_row, programs).T  # row p holds quantiles p, p + programs, ...
+
+    reuse = np.zeros((programs, images_per_row), dtype=bool)
+    bounds = np.rint(np.linspace(0, reuse_probability * total, programs + 1)).astype(int)
+    for row, count in zip(reuse, np.diff(bounds), strict=True):
+        row[rng.permutation(images_per_row)[:count]] = True
+    hidden = np.zeros(reuse.shape)  # fraction of the visible tokens that are new, not previous
+    fractions = (np.arange(reuse.sum()) + 0.5) / max(reuse.sum(), 1)
+    hidden[reuse] = rng.permutation(fractions)
+
+    def plan(masked: int, reuse: bool, hidden: float) -> Plan:
+        visible = length - masked
+        new = int(np.rint(visible * hidden)) if reuse else visible
+        return Plan(visible - new, new, masked)
+
+    return tuple(
+        tuple(plan(int(m), bool(r), float(h)) for m, r, h in zip(*row, strict=True))
+        for row in zip(rows, reuse, hidden, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import UInt8
 
 from enat_jax.config import Config
-from enat_jax.core.plans import Plan
+from enat_jax.core.plans import Plan, training_plans
 from enat_jax.data.pictures import image_grid
 from enat_jax.errors import UserError
 from enat_jax.models.flops import training_flops
@@ -23,7 +23,7 @@ from enat_jax.sampling.sampler import Sampler
 from enat_jax.tokenizers.protocol import Tokenizer
 from enat_jax.training.optim import learning_rate_schedule, make_optimizer
 from enat_jax.training.step import TrainState, training_step
-from enat_jax.training.strata import training_strata
+from enat_jax.training.strata import Stratum, training_strata
 
 _GRID_CLASSES = 10  # a sample grid shows this many classes, so many images each
 Metrics = Mapping[str, jax.Array]
@@ -105,16 +105,7 @@ class TrainingPrograms(Programs):
         super().__init__(config, placement, cfg.images_per_row * cfg.accumulation)
         self._tokenizer, self._class_names = tokenizer, class_names
         self._sampler: Sampler | None = None
-        self.rows = training_strata(
-            config.model.length,
-            lambda plan: training_flops(config.model, [plan]),
-            programs=cfg.programs,
-            images_per_row=cfg.images_per_row,
-            mask_beta=cfg.mask_beta,
-            reuse_probability=cfg.reuse_probability if config.model.carries_features else 0.0,
-            reuse_plans=cfg.reuse_plans,
-            seed=cfg.seed,
-        )
+        self.rows = self._rows()
         step = functools.partial(
             training_step,
             graphdef=nnx.graphdef(nnx.eval_shape(lambda: self._network(placement=placement))),
@@ -133,6 +124,22 @@ class TrainingPrograms(Programs):
             )
             for row in self.rows
         ]
+
+    def _rows(self) -> tuple[tuple[Stratum, ...], ...]:
+        model, cfg = self.config.model, self.config.train
+        options: dict[str, Any] = {
+            "programs": cfg.programs,
+            "images_per_row": cfg.images_per_row,
+            "mask_beta": cfg.mask_beta,
+            "reuse_probability": cfg.reuse_probability,
+            "seed": cfg.seed,
+        }
+        if cfg.strata == "fixed":
+            plans = training_plans(model.length, **options)
+            return tuple(tuple(Stratum(plan, np.array([plan])) for plan in row) for row in plans)
+        cost = functools.partial(training_flops, model)
+        options["reuse_plans"] = cfg.reuse_plans
+        return training_strata(model.length, lambda plan: cost([plan]), **options)
 
     def _network(self, **placement: Placement) -> Any:
         cfg = self.config

@@ -59,11 +59,13 @@ def make_draws(
     A share `dropout` of the conditions is dropped, and of the rest a share `further_dropout` for
     the network that learns alone.
     """
-    order_key, drop_key, plan_key = jax.random.split(key, 3)
+    order_key, drop_key = jax.random.split(key)
     images = jax.tree.leaves(condition)[0].shape[:2]
     order = jnp.argsort(jax.random.uniform(order_key, (*images, length)), axis=-1)
 
     def drop(given: PyTree, key: jax.Array, rate: float) -> PyTree:
+        if not rate:
+            return given
         dropped = jax.random.bernoulli(key, rate, images)
 
         def keep(given: Array, null: Array) -> Array:
@@ -71,10 +73,11 @@ def make_draws(
 
         return jax.tree.map(keep, given, null_condition)
 
-    for_all, further = jax.random.split(drop_key)
-    given = drop(condition, for_all, dropout)
-    plans = draw_plans(plan_key, row, images[0])
-    return Draws(order, drop(given, further, further_dropout), given, plans)
+    given = drop(condition, drop_key, dropout)
+    learnt = drop(given, jax.random.fold_in(drop_key, 1), further_dropout)
+    is_fixed = all(len(stratum.plans) == 1 for stratum in row)
+    plans = None if is_fixed else draw_plans(jax.random.fold_in(key, 2), row, images[0])
+    return Draws(order, learnt, given, plans)
 
 
 def row_loss(

@@ -57,8 +57,9 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
             f" {info.tokenizer_digest[:12]}"
         )
     programs = TrainingPrograms(config, placement, tokenizer, info.class_names)
-    log(f"{len(programs.rows)} programs of {config.train.images_per_row} images a row; what pads"
-        f" their strata adds {100 * programs.padding:.1f}% FLOPs")  # fmt: skip
+    if config.train.strata == "drawn":
+        log(f"what pads the strata of {len(programs.rows)} programs adds"
+            f" {100 * programs.padding:.1f}% FLOPs")  # fmt: skip
     with run:
         training_loop(
             programs,

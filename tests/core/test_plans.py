@@ -2,11 +2,13 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from enat_jax.core.plans import (
     Plan,
     generation_plans,
     group_into_buckets,
+    training_plans,
 )
 from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.models.enat.network import ENATConfig
@@ -69,6 +71,83 @@ class TestGeneration:
     def test_counts_that_cannot_be_are_refused(self, counts, message):
         with pytest.raises(ValueError, match=message):
             generation_plans(counts, 256)
+
+
+@pytest.mark.parametrize("length", [256, 1024])
+@pytest.mark.parametrize(("programs", "images_per_row"), [(4, 8), (2, 16), (1, 8)])
+class TestTraining:
+    @pytest.fixture
+    def rows(self, length, programs, images_per_row):
+        return training_plans(length, programs=programs, images_per_row=images_per_row)
+
+    @pytest.fixture
+    def masked(self, rows):
+        return np.array([[plan.masked for plan in row] for row in rows])
+
+    def test_there_is_one_plan_per_program_and_image(self, rows, programs, images_per_row, length):
+        assert [len(row) for row in rows] == [images_per_row] * programs
+        assert {sum(plan) for row in rows for plan in row} == {length}
+
+    def test_mask_ratios_have_the_mean_and_spread_of_the_beta_distribution(self, masked, length):
+        mean, variance = stats.beta.stats(12, 3)
+        assert abs(masked.mean() / length - mean) < 0.01
+        assert abs(masked.std() / length - variance**0.5) < 0.01
+
+    def test_every_program_spans_the_whole_distribution(self, masked, images_per_row, length):
+        bounds = stats.beta.ppf(np.arange(images_per_row + 1) / images_per_row, 12, 3) * length
+        for row in masked:  # one image in each of the equally likely strata
+            assert np.all(np.sort(row) >= bounds[:-1] - 0.5)
+            assert np.all(np.sort(row) <= bounds[1:] + 0.5)
+
+    def test_half_of_the_images_reuse_features(self, rows, programs, images_per_row):
+        reused = np.array([[plan.previous > 0 for plan in row] for row in rows])
+        assert abs(reused.mean() - 0.5) <= 1 / reused.size
+        share = reused.sum(axis=1) / images_per_row
+        assert np.all(np.abs(share - 0.5) <= 1 / images_per_row)
+
+    def test_the_reused_fraction_is_uniform(self, rows, length):
+        fractions = np.sort([p.previous / (length - p.masked) for row in rows for p in row
+                             if p.previous])  # fmt: skip
+        expected = (np.arange(len(fractions)) + 0.5) / len(fractions)
+        assert np.abs(fractions - expected).max() < 0.04  # whole tokens of few visible ones
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 64])
+@pytest.mark.parametrize("mask_beta", [(12.0, 3.0), (0.1, 0.1), (50.0, 0.1)])
+def test_every_image_has_masked_and_visible_tokens(length, mask_beta):
+    rows = training_plans(length, programs=4, images_per_row=8, mask_beta=mask_beta)
+    for plan in itertools.chain(*rows):
+        assert 1 <= plan.masked <= length - 1
+        assert plan.previous >= 0
+        assert plan.new >= 0
+
+
+def test_one_image_per_row_is_a_row_too():
+    rows = training_plans(256, programs=4, images_per_row=1)
+    assert [len(row) for row in rows] == [1] * 4
+    masked = [row[0].masked for row in rows]
+    assert masked == np.rint(256 * stats.beta.ppf([0.125, 0.375, 0.625, 0.875], 12, 3)).tolist()
+    assert sum(row[0].previous > 0 for row in rows) == 2
+
+
+@pytest.mark.parametrize("mask_beta", [(12.0, 3.0), (4.0, 2.0), (0.1, 0.1), (50.0, 0.1)])
+def test_mask_ratios_are_the_beta_distributions_quantiles(mask_beta):
+    plans = itertools.chain(*training_plans(10**6, programs=4, images_per_row=8,
+                                            mask_beta=mask_beta))  # fmt: skip
+    expected = 10**6 * stats.beta.ppf((np.arange(32) + 0.5) / 32, *mask_beta)
+    masked = np.clip(np.rint(expected), 1, 10**6 - 1)
+    assert sorted(plan.masked for plan in plans) == masked.tolist()
+
+
+@pytest.mark.parametrize(("probability", "share"), [(0.0, 0), (0.25, 8), (1.0, 32)])
+def test_the_reuse_probability_is_the_share_of_images_that_reuse(probability, share):
+    rows = training_plans(256, programs=4, images_per_row=8, reuse_probability=probability)
+    assert sum(plan.previous > 0 for plan in itertools.chain(*rows)) == share
+
+
+def test_plans_depend_on_the_seed_alone():
+    plans = [training_plans(256, programs=4, images_per_row=8, seed=seed) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1] != plans[2]
 
 
 def splits(steps):
