@@ -49,7 +49,7 @@ class DataConfig:
     data_dir: str = "data"
     split: str = "train"
     cache: bool = True
-    read_threads: int = limited(4, at_least=1)
+    read_threads: int = limited(4, at_least=1, at_most=1024)
     prefetch_batches: int = limited(4, at_least=0)
 
 
@@ -75,7 +75,7 @@ class ImageConfig:
     max_unreadable: float = limited(0.01, at_least=0, below=1)
     flips: bool = True
     shard_size: int = limited(4096, at_least=1)
-    read_threads: int = limited(8, at_least=1)
+    read_threads: int = limited(8, at_least=1, at_most=1024)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class EvaluateConfig:
     inception: str = ""
     inception_digest: str = "6726825d"
     reference: str = ""
-    num_images: int = limited(50_000, at_least=2)
+    num_images: int = limited(50_000, at_least=2, at_most=10**8)
     protocol: Literal["floats", "uint8", "both"] = "both"
     precision_recall: bool = True
     batch_size: int = limited(16, at_least=1)

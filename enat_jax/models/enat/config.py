@@ -40,8 +40,8 @@ class ENATConfig(TransformerConfig):
     """
 
     name: Literal["enat"] = "enat"
-    encoder_depth: int = field(default=15, metadata={"at_least": 1})
-    decoder_depth: int = field(default=1, metadata={"at_least": 0})
+    encoder_depth: int = field(default=15, metadata={"at_least": 1, "at_most": 1024})
+    decoder_depth: int = field(default=1, metadata={"at_least": 0, "at_most": 1024})
     stacks: Literal["separate", "shared"] = "separate"
     blocked: Blocked = "none"
     context_attention: Literal["joint", "alternating"] = "joint"
