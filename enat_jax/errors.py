@@ -13,6 +13,11 @@ class UserError(ValueError):
     """
 
 
+def printable(text: str) -> str:
+    """A line for the terminal: what would steer it, or is no text at all, escaped."""
+    return "".join(c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in text)
+
+
 def differences(there: Any, here: Any) -> str:
     """What differs from a record that was written, in a line that names the fields, or empty.
 
