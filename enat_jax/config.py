@@ -80,7 +80,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """ENAT's recipe by default (its section 5.1 and code).
+    """ENAT's recipe by default (its section 5, "Setups", A.2, and code).
 
     Attributes:
         learning_rate: after the warm-up, for the config's own batch size.
@@ -139,7 +139,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(LoopConfig):
-    """A training run; ENAT's recipe by default (its section 5.1).
+    """A training run; ENAT's recipe by default (its section 5, "Setups", and A.2).
 
     Attributes:
         accumulation: microbatches a step's gradient is averaged over.
@@ -371,7 +371,8 @@ class Config:
         ("model.length tokenizer.grid", lambda length, grid: length == grid[0] * grid[1],
          "must be the product of {1}"),
         ("model.codebook_size tokenizer.name",
-         lambda size, name: name != "pixels" or 2 <= size <= 256, "must be 2 to 256 greys for {1}"),
+         lambda size, name: name != "pixels" or size == 0 or 2 <= size <= 256,
+         "must be 2 to 256 greys for {1}"),
         ("tokenizer.weights tokenizer.name", lambda weights, name: weights or name != "vqgan",
          "must name the workdir of a VQGAN (made by `train_tokenizer` or `convert --kind=vqgan`)"
          " for {1}"),

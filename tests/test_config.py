@@ -204,6 +204,9 @@ class TestRules:
         (only,) = refusals(*texts.split(), kind=kind, fields=fields)
         assert only.startswith(problem)
 
+    def test_pixels_may_leave_their_number_of_greys_to_the_records(self):
+        config_from_dict({}, ["tokenizer.name=pixels", "model.codebook_size=0"])
+
     def test_a_constant_rate_may_end_while_it_warms_up(self):
         config_from_dict({}, ["train.steps=100"])
 

@@ -69,7 +69,7 @@ class StrategyConfig:
 
 
 def make_strategy(cfg: StrategyConfig, length: int | None = None) -> GenerationStrategy:
-    """The strategy a config describes: ENAT's rule (its section 5.1), MaskGIT's, or a file's.
+    """The strategy a config describes: ENAT's rule (its section A.2), MaskGIT's, or a file's.
 
     Args:
         cfg: the strategy's config.

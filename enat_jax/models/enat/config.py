@@ -18,7 +18,7 @@ Reuse = Literal["last_layer", "none", "all_tokens", "all_layers"]
 
 @dataclass(frozen=True)
 class ENATConfig(TransformerConfig):
-    """Sizes of ENAT, how it computes, and which of the paper's ablations it is (section 5.3).
+    """Sizes of ENAT, how it computes, and which of the paper's ablations it is (section 5.2).
 
     Attributes:
         encoder_depth: blocks that new tokens run through; all tokens where the stack is shared.
