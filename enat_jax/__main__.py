@@ -9,7 +9,7 @@ from absl import flags
 
 import enat_jax
 from enat_jax.cli import host_flags
-from enat_jax.errors import UserError
+from enat_jax.errors import UserError, printable
 
 VERBS = {  # each a module of `enat_jax.cli`, imported when it is run
     "train": "Trains, or goes on where a workdir ends",
@@ -28,6 +28,7 @@ VERBS = {  # each a module of `enat_jax.cli`, imported when it is run
 }
 _HELP = ("-h", "--help")
 _OVERRIDE = "--config."
+_EMPTY = ("", [], [""])
 
 
 def usage() -> str:
@@ -62,19 +63,29 @@ def main(arguments: list[str]) -> int:
         left = values([name, *(text for text in rest if not text.startswith(_OVERRIDE))])
         if len(left) > 1:
             raise UserError(f"no such argument: {' '.join(left[1:])}")
+        if empty := [
+            flag for flag in values if values[flag].present and values[flag].value in _EMPTY
+        ]:
+            raise UserError("; ".join(f"--{flag}= is empty" for flag in empty))
         return verb.run(values, overrides)
     except (UserError, flags.Error, OSError) as error:
-        return host_flags.end(f"enat {name}: {' '.join(str(error).split())}", 1)
+        return host_flags.end(f"enat {name}: {printable(' '.join(str(error).split()))}", 1)
     except KeyboardInterrupt:
         return host_flags.end(f"enat {name}: interrupted", 130)
     except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:100]:
+            text = printable(" ".join(str(error).split()))[:300]
+            return host_flags.end(f"enat {name}: out of memory: {text}", 1)
         return host_flags.end_by(error, name)
 
 
 def run() -> NoReturn:
-    """The console script, whose lines are seen at once, in files and pipes as well."""
+    """The console script, whose lines are seen at once, in files and pipes as well.
+
+    What its terminal cannot show, it shows escaped.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))
 
 

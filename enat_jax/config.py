@@ -49,7 +49,7 @@ class DataConfig:
     data_dir: str = "data"
     split: str = "train"
     cache: bool = True
-    read_threads: int = limited(4, at_least=1)
+    read_threads: int = limited(4, at_least=1, at_most=1024)
     prefetch_batches: int = limited(4, at_least=0)
 
 
@@ -75,12 +75,12 @@ class ImageConfig:
     max_unreadable: float = limited(0.01, at_least=0, below=1)
     flips: bool = True
     shard_size: int = limited(4096, at_least=1)
-    read_threads: int = limited(8, at_least=1)
+    read_threads: int = limited(8, at_least=1, at_most=1024)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """ENAT's recipe by default (its section 5.1 and code).
+    """ENAT's recipe by default (its section 5, "Setups", A.2, and code).
 
     Attributes:
         learning_rate: after the warm-up, for the config's own batch size.
@@ -139,7 +139,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(LoopConfig):
-    """A training run; ENAT's recipe by default (its section 5.1).
+    """A training run; ENAT's recipe by default (its section 5, "Setups", and A.2).
 
     Attributes:
         accumulation: microbatches a step's gradient is averaged over.
@@ -225,7 +225,7 @@ class EvaluateConfig:
     inception: str = ""
     inception_digest: str = "6726825d"
     reference: str = ""
-    num_images: int = limited(50_000, at_least=2)
+    num_images: int = limited(50_000, at_least=2, at_most=10**8)
     protocol: Literal["floats", "uint8", "both"] = "both"
     precision_recall: bool = True
     batch_size: int = limited(16, at_least=1)
@@ -383,7 +383,8 @@ class Config:
         ("model.length tokenizer.grid", lambda length, grid: length == grid[0] * grid[1],
          "must be the product of {1}"),
         ("model.codebook_size tokenizer.name",
-         lambda size, name: name != "pixels" or 2 <= size <= 256, "must be 2 to 256 greys for {1}"),
+         lambda size, name: name != "pixels" or size == 0 or 2 <= size <= 256,
+         "must be 2 to 256 greys for {1}"),
         ("tokenizer.weights tokenizer.name", lambda weights, name: weights or name != "vqgan",
          "must name the workdir of a VQGAN (made by `train_tokenizer` or `convert --kind=vqgan`)"
          " for {1}"),

@@ -18,9 +18,10 @@ import math
 import operator
 import os
 import runpy
+import struct
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict
@@ -29,6 +30,7 @@ from enat_jax.errors import UserError
 
 T = TypeVar("T")
 
+_LARGEST, _SMALLEST = (2 - 2.0**-23) * 2.0**127, 2.0**-126  # of float32's normal numbers
 _LIMITS = {
     "at_least": operator.ge,
     "above": operator.gt,
@@ -40,9 +42,10 @@ _LIMITS = {
 def limited(default: T, **limits: int | float) -> T:
     """A field of numbers: one, or a tuple all of whose elements are limited.
 
-    Numbers are finite, and integers below 2**31 in size where they have no upper limit of their
-    own. `core` and `models`, which know no configs, write what this returns. The limits are any of
-    `at_least`, `above`, `at_most`, `below`; `or_zero=True` allows 0 besides.
+    Numbers are finite in float32, which keeps their limits, too; integers are below 2**31 in size
+    where they have no upper limit of their own. `core` and `models`, which know no configs, write
+    what this returns. The limits are any of `at_least`, `above`, `at_most`, `below`;
+    `or_zero=True` allows 0 besides.
     """
     return dataclasses.field(default=default, metadata=limits)
 
@@ -55,13 +58,13 @@ def base(file: str, name: str) -> ConfigDict:
 def read_fields(path: str) -> dict[str, Any]:
     """The fields of a config file as nested dicts.
 
-    It is a Python file with `get_config() -> ml_collections.ConfigDict`; after a colon, `path` may
-    hold an argument for that.
+    It is a Python file with `get_config() -> ml_collections.ConfigDict`; after the file's name and
+    a colon, `path` may hold an argument for that.
 
     Raises:
         UserError: a file that is missing, fails, or gives no ConfigDict.
     """
-    return _get_config(path).to_dict()
+    return _get_config(path, ConfigDict.to_dict)
 
 
 def read_config(kind: type[T], path: str, overrides: Sequence[str] = ()) -> T:
@@ -97,18 +100,23 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _get_config(path: str) -> ConfigDict:
-    file, _, argument = path.partition(":")
-    if not os.path.isfile(file):
-        raise UserError(f"no config file {file!r}")
+def _get_config(path: str, then: Callable[[ConfigDict], Any] = lambda config: config) -> Any:
+    parts = path.split(":")
+    names = [":".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    file = next(filter(os.path.isfile, names), None)
+    if file is None:
+        raise UserError(f"no config file {names[-1]!r}")
+    argument = path[len(file) + 1 :]
     try:
         module = types.SimpleNamespace(**runpy.run_path(file))
         config = module.get_config(*([argument] if argument else []))
-    except Exception as error:
+        if not isinstance(config, ConfigDict):
+            raise TypeError("get_config() gave no ConfigDict")
+        return then(config)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() too: the run it was to describe has not ended well
         raise UserError(f"config file {file}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"config file {file}: get_config() gave no ConfigDict")
-    return config
 
 
 def _override(fields: dict[str, Any], text: str, wrong: dict[str, list[str]]) -> None:
@@ -125,7 +133,7 @@ def _override(fields: dict[str, Any], text: str, wrong: dict[str, list[str]]) ->
             return
     try:
         fields[name] = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         fields[name] = value
 
 
@@ -213,18 +221,24 @@ def _typed(
     if type(value) is not kind:
         name = kind if isinstance(kind, types.GenericAlias) else kind.__name__
         problems.append(f"{where} = {value!r} must be of type {name}")
-    elif isinstance(value, int | float) and (must := _beyond(value, **limits)):
+    elif isinstance(value, int | float) and (must := beyond(value, **limits)):
         problems.append(f"{where} = {value!r} must be {must}")
     return value
 
 
-def _beyond(value: int | float, *, or_zero: bool = False, **limits: int | float) -> str:
-    """What a number must be, where it is not."""
+def beyond(value: int | float, *, or_zero: bool = False, **limits: int | float) -> str:
+    """What a number must be, where it is not; limits as `limited` has them."""
+
+    def within(value: int | float) -> bool:
+        return (or_zero and value == 0) or all(_LIMITS[k](value, v) for k, v in limits.items())
+
     if not math.isfinite(value):
         return "finite"
     if isinstance(value, int) and not {"at_most", "below"} & set(limits) and abs(value) >= 2**31:
         return "below 2**31"
-    if (or_zero and value == 0) or all(_LIMITS[k](value, limit) for k, limit in limits.items()):
+    if isinstance(value, float) and abs(value) > _LARGEST:
+        return "finite in float32"
+    if within(value) and (isinstance(value, int) or within(_as_float32(value))):
         return ""
     match limits:
         case {"at_least": low, "below": high}:
@@ -233,4 +247,9 @@ def _beyond(value: int | float, *, or_zero: bool = False, **limits: int | float)
             must = f"between {low} and {high}"
         case _:
             must = " and ".join(f"{k.replace('_', ' ')} {limit}" for k, limit in limits.items())
-    return f"0 or {must}" if or_zero else must
+    return f"{'0 or ' if or_zero else ''}{must}{' in float32' if within(value) else ''}"
+
+
+def _as_float32(value: float) -> float:
+    """The number as a device has it: rounded, and 0 where it is below the normal ones."""
+    return struct.unpack("f", struct.pack("f", value))[0] if abs(value) >= _SMALLEST else 0.0

@@ -1,8 +1,11 @@
 """The error a user can make, and the phrase for records that differ."""
 
 import json
+import re
 from typing import Any
 
+# controls, what is no UTF-8, ends of lines and turns of direction
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069]")
 _NAMED, _SHOWN = 8, 60  # differences in a line; characters of a value in it
 
 
@@ -11,6 +14,11 @@ class UserError(ValueError):
 
     The command line shows it without a traceback.
     """
+
+
+def printable(text: str) -> str:
+    """A line for the terminal: what would steer it, or is no text at all, escaped."""
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def differences(there: Any, here: Any) -> str:

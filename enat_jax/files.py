@@ -1,15 +1,17 @@
-"""Atomic files: each appears under its name complete and on disk, or not at all."""
+"""Files: written atomically, complete and on disk or not at all; and JSON read with care."""
 
 import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 Path = str | os.PathLike[str]
+
+_MOST_BYTES, _MOST_DEPTH = 2**26, 64  # of JSON: its length, and brackets in brackets
 
 
 @contextlib.contextmanager
@@ -51,3 +53,39 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Writes an `.npz`, uncompressed."""
     with atomic(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)
+
+
+def read_json(path: Any) -> Any:
+    """Reads a `pathlib.Path` or alike of JSON that somebody else may have written.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no regular file or no JSON; or too long, nested too deep, a key twice.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("is no regular file")
+    with path.open("rb") as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"has more than {_MOST_BYTES} bytes")
+    try:
+        content = json.loads(text, object_pairs_hook=_keys_once)
+    except RecursionError as error:
+        raise ValueError(f"is nested deeper than {_MOST_DEPTH}") from error
+    level = [content]
+    for _ in range(_MOST_DEPTH + 1):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for parts in inner if isinstance(parts, Iterable) and not
+                 isinstance(parts, str) for part in parts]  # fmt: skip
+    if level:
+        raise ValueError(f"is nested deeper than {_MOST_DEPTH}")
+    return content
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"has the key {key!r:.80} twice")
+        content[key] = value
+    return content

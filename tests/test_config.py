@@ -97,16 +97,18 @@ class TestLimits:
         ("value", "must", "names"),
         [
             (-1, "be at least 0",
-             "model.num_classes model.decoder_depth sample.decode_batch_size sample.buckets"
+             "model.num_classes sample.decode_batch_size sample.buckets"
              " sample.max_padding optim.learning_rate optim.warmup_steps optim.weight_decay"
              " optim.epsilon optim.max_grad_norm train.sample_every strategy.guidance_scale"
              " strategy.choice_temperature data.prefetch_batches"),
+            (-1, "be between 0 and 1024", "model.decoder_depth"),
             (0, "be at least 1",
-             "model.width model.num_heads model.encoder_depth data.read_threads train.steps"
+             "model.width model.num_heads train.steps"
              " train.batch_size train.accumulation train.images_per_row train.log_every"
              " train.checkpoint_every train.keep train.max_bad_steps sample.batch_size"
-             " images.shard_size images.read_threads evaluate.batch_size evaluate.save_every"),
-            (1, "be at least 2", "model.length evaluate.num_images"),
+             " images.shard_size evaluate.batch_size evaluate.save_every"),
+            (1, "be at least 2", "model.length"),
+            (10**9, "be between 2 and 100000000", "evaluate.num_images"),
             (1.0, "be in [0, 1)", "model.dropout optim.ema_decay train.class_dropout"
              " train.label_smoothing images.max_unreadable"),
             (-0.1, "be in [0, 1)", "model.dropout optim.ema_decay train.class_dropout"),
@@ -120,6 +122,11 @@ class TestLimits:
             (2**31, "be below 2**31", "train.steps mesh.data images.shard_size"),
             ("1e999", "be finite", "optim.learning_rate strategy.guidance_scale"),
             (10**400, "be finite", "optim.epsilon"),
+            (1e39, "be finite in float32", "optim.max_grad_norm strategy.guidance_scale"),
+            (1e-50, "be above 0 in float32", "strategy.sampling_temperature model.mlp_ratio"),
+            (1 - 1e-10, "be in [0, 1) in float32", "optim.ema_decay model.dropout"),
+            (10**9, "be between 1 and 1024", "data.read_threads images.read_threads"
+             " model.encoder_depth"),
             (-1, "be at least 0", "loss.l1 loss.l2 loss.codebook_start loss.codebook loss.lpips"
              " loss.commitment loss.restart_after loss.adversarial loss.adversarial_start"
              " discriminator.levels discriminator.learning_rate"),
@@ -159,6 +166,16 @@ RULES = [
      "model.reuse = 'last_layer' must be 'none' with model.stacks = 'shared'"),
     ("model.stacks=shared model.decoder_depth=0 model.reuse=none train.reuse_probability=0.0"
      " model.context_attention=alternating", "model.context_attention = 'alternating' must be"),
+    ("model.mlp_ratio=1e-9", "model.mlp_ratio = 1e-09 must give the MLPs of model.width = 768 at"),
+    ("model.mlp_ratio=1e9", "model.mlp_ratio = 1000000000.0 must give the MLPs of model.width ="),
+    ("model.attention=cudnn", "model.attention = 'cudnn' needs bfloat16, not model.dtype"),
+    ("model.attention=cudnn model.dtype=bfloat16 model.width=36 model.num_heads=3",
+     "model.width = 36 must be a multiple of 8 x model.num_heads = 3 with model.attention"),
+    *((f"strategy.rule=maskgit strategy.{field}={value}",
+       f"strategy: generation strategy: {field} must be within [{low}, 1e+06]")
+      for field, value, low in (("sampling_temperature", 1e-30, "1e-06"),
+                                ("sampling_temperature", 1e7, "1e-06"),
+                                ("guidance_scale", 1e30, "0"), ("choice_temperature", 1e30, "0"))),
     ("model.reuse=none train.reuse_probability=0.0 model.reuse_projection=False",
      "model.reuse_projection = False must be True with model.reuse = 'none'"),
 ]  # fmt: skip
@@ -186,6 +203,9 @@ class TestRules:
         fields = {} if kind is Config else PHOTOS
         (only,) = refusals(*texts.split(), kind=kind, fields=fields)
         assert only.startswith(problem)
+
+    def test_pixels_may_leave_their_number_of_greys_to_the_records(self):
+        config_from_dict({}, ["tokenizer.name=pixels", "model.codebook_size=0"])
 
     def test_a_constant_rate_may_end_while_it_warms_up(self):
         config_from_dict({}, ["train.steps=100"])
@@ -220,6 +240,7 @@ class TestFields:
             ("=3", "is no field of the config"),
             ("model.width", "is not of the form section.field=value"),
             ("data.name.x=3", "is no section"),
+            (f"data.cache={'-' * 100_000}1", "must be of type bool"),
         ],
     )
     def test_what_cannot_be_is_refused_with_what_could(self, text, problem):
@@ -281,6 +302,12 @@ class TestFile:
         path = write("def get_config(seed): return ConfigDict({'train': {'seed': int(seed)}})")
         assert load_config(f"{path}:3").train.seed == 3
 
+    def test_a_colon_may_be_in_its_path(self, write, tmp_path):
+        (tmp_path / "12:30").mkdir()
+        path = write("def get_config(seed='4'): return ConfigDict({'train': {'seed': int(seed)}})",
+                     "12:30/of:mine.py")  # fmt: skip
+        assert [load_config(text).train.seed for text in (path, f"{path}:3")] == [4, 3]
+
     def test_a_config_starts_from_another_beside_it(self, write):
         write("def get_config(): return ConfigDict({'train': {'seed': 7, 'steps': 5}})", "one.py")
         path = write("def get_config():\n"
@@ -297,6 +324,13 @@ class TestFile:
             ("x = 1", "AttributeError"),
             ("def get_config(): return {'model': {}}", "gave no ConfigDict"),
             ("def get_config(): return base(__file__, 'none.py')", "no config file"),
+            ("import sys; sys.exit(0)", "SystemExit: 0"),
+            ("class Odd(BaseException): pass\nraise Odd('x')", "Odd: x"),
+            (
+                "from ml_collections.config_dict import required_placeholder\n"
+                "def get_config(): return ConfigDict({'seed': required_placeholder(int)})",
+                "RequiredValueError",
+            ),
         ],
     )
     def test_a_file_that_is_no_config_is_refused_in_a_line(self, write, body, part):

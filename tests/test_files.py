@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from enat_jax import files
-from enat_jax.files import atomic, write_arrays, write_json, write_text
+from enat_jax.files import atomic, read_json, write_arrays, write_json, write_text
 
 
 def names(folder):
@@ -50,3 +50,21 @@ def test_json_and_arrays_read_back(tmp_path):
     write_arrays(tmp_path / "a.npz", {"b": np.arange(3)})
     with np.load(tmp_path / "a.npz") as arrays:
         np.testing.assert_array_equal(arrays["b"], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("[" * 100_000, "nested deeper than 64"),
+        ("[" * 100 + "]" * 100, "nested deeper than 64"),
+        ('{"a": [{"b": 1, "b": 2}]}', "has the key 'b' twice"),
+        ("{" + " " * 2**26, "has more than 67108864 bytes"),
+        ("{", "Expecting"),
+    ],
+)
+def test_json_that_is_made_to_harm_is_refused(tmp_path, text, part):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=part):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"a": [1, "bc", {"d": null}]}')
+    assert read_json(tmp_path / "a.json") == {"a": [1, "bc", {"d": None}]}

@@ -19,6 +19,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from enat_jax.files import read_json
+
 _DIGESTS = re.compile(r"digests\.\d+-of-\d+\.json")  # one of each process in earlier versions
 _CHUNK = 1 << 22  # bytes read at once
 _READERS = 4  # files read at once: one alone rarely gets all that a network gives
@@ -59,9 +61,9 @@ def find_corruption(directory: epath.Path, trees: Collection[str]) -> str:
     for path in directory.iterdir():
         if _DIGESTS.fullmatch(path.name):
             try:
-                content = json.loads(path.read_text())
+                content = read_json(path)
                 intact = content["crc32"] == _crc_of_all(content["files"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 intact = False
             if not intact:
                 return f"{path.name} is corrupt: without it nothing can be verified"

@@ -1,7 +1,6 @@
 """Checkpoints of a run: Orbax writes them in the background, the newest intact one is restored."""
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -17,9 +16,12 @@ from orbax.checkpoint import v1 as ocp
 
 from enat_jax.checkpoints.digests import find_corruption, write_digests
 from enat_jax.errors import UserError, differences
+from enat_jax.files import read_json
 from enat_jax.parallel.hosts import from_primary, is_primary, several
 
 T = TypeVar("T")
+_KINDS = {"fields": dict, "config": dict, "vqgan": dict, "position": dict, "images": int,
+          "class_names": list, "tokenizer_digest": str}  # fmt: skip
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -200,8 +202,15 @@ class Checkpoints:
         try:
             if corrupt := find_corruption(path, trees):
                 return {"corrupt": corrupt}
-            saved = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-            return {"corrupt": "", "fields": saved["fields"], "metadata": saved["metadata"]}
+            saved = read_json(path / "_CHECKPOINT_METADATA")["custom_metadata"]
+            fields, metadata = saved["fields"], saved["metadata"]
+            told = {"fields": fields, "metadata": metadata, **metadata}
+            told |= {"images": told.get("position", {"images": 0})["images"]}
+            if odd := [
+                n for n, kind in _KINDS.items() if not isinstance(told.get(n, kind()), kind)
+            ]:
+                return {"corrupt": f"{', '.join(odd)} of its metadata: not as they are written"}
+            return {"corrupt": "", "fields": fields, "metadata": metadata}
         except Exception as error:
             return {"corrupt": _line(error)}
 

@@ -25,7 +25,8 @@ def load_tokenizer(
 ) -> Tokenizer | None:
     """The tokenizer a config names, None for `none`; its weights as `load_vqgan` has them.
 
-    `codebook_size` is that of the network that is to use it; 0 takes the tokenizer's.
+    `codebook_size` is that of the network that is to use it; 0 takes the tokenizer's
+    (of `pixels` 256).
 
     Raises:
         UserError: no weights where the config says, or ones of another codebook size.
@@ -33,7 +34,7 @@ def load_tokenizer(
     if cfg.name == "none":
         return None
     if cfg.name == "pixels":
-        return Pixels(codebook_size)
+        return Pixels(codebook_size or 256)
     vqgan, params = load_vqgan(cfg.weights, dtype=cfg.dtype, placement=placement)
     if codebook_size not in (0, vqgan.codebook_size):
         raise UserError(

@@ -6,8 +6,7 @@ import sys
 
 from absl import flags
 
-from enat_jax.cli.shared_flags import required, whole_number
-from enat_jax.errors import UserError
+from enat_jax.cli.shared_flags import required, whole_number, whole_numbers
 
 
 def define(values: flags.FlagValues) -> None:
@@ -25,14 +24,10 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.config import load_config
     from enat_jax.tools.bench import bench
 
-    try:
-        batch_sizes = [int(text) for text in args.batch_sizes]
-    except ValueError as error:
-        raise UserError(f"--batch_sizes={','.join(args.batch_sizes)}: {error}") from error
     result = bench(
         load_config(args.config, overrides),
         what=args.what,
-        batch_sizes=batch_sizes,
+        batch_sizes=whole_numbers(args, "batch_sizes"),
         dtypes=args.dtypes,
         layers=args.layers,
         repeats=args.repeats,

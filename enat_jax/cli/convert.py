@@ -19,7 +19,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("verify", [], "recorded arrays (.npz) to replay", values)
     flags.DEFINE_float("tolerance", None, "largest difference accepted; by default 5e-5 (enat),"
                        " 1e-4 (autonat, vqgan), 1e-3 of the largest feature (inception)",
-                       flag_values=values)  # fmt: skip
+                       0, 1e30, flag_values=values)  # fmt: skip
     flags.DEFINE_string("out", None, "the workdir to write; not inception", values)
 
 

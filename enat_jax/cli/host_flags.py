@@ -13,7 +13,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("coordinator", None, "host:port of process 0, if there are more", values)
     whole_number(values, "num_processes", None, "how many processes make up the run")
     whole_number(values, "process_id", None, "which of them this one is, from 0", at_least=0)
-    whole_number(values, "wait", 300, "seconds to wait for the others")
+    whole_number(values, "wait", 300, "seconds to wait for the others", at_most=10**7)
 
 
 def connect(args: flags.FlagValues, *, listens: bool = False) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 from absl import flags
 
 from enat_jax.cli import host_flags
-from enat_jax.cli.shared_flags import generates, restored, whole_number
+from enat_jax.cli.shared_flags import generates, restored, whole_number, whole_numbers
 from enat_jax.errors import UserError
+
+_MOST_IMAGES = 10**8  # of one call: class ids alone take 800 MB
 
 
 def define(values: flags.FlagValues) -> None:
@@ -29,12 +31,12 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.parallel.hosts import is_primary
     from enat_jax.sampling.sampler import sampler_of
 
-    sampler = sampler_of(restored(args, overrides))
-    try:
-        classes = [int(text) for text in args.classes]
-    except ValueError as error:
-        raise UserError(f"--classes={','.join(args.classes)}: {error}") from error
-    wanted = np.repeat(classes or np.arange(sampler.config.model.num_classes), args.per_class)
+    classes, run = whole_numbers(args, "classes"), restored(args, overrides)
+    classes = classes or range(run.config.model.num_classes)
+    if (total := len(classes) * args.per_class) > _MOST_IMAGES:
+        raise UserError(f"{len(classes)} classes x --per_class={args.per_class} = {total} images,"
+                        f" must be at most {_MOST_IMAGES}")  # fmt: skip
+    sampler, wanted = sampler_of(run), np.repeat(classes, args.per_class)
     out = pathlib.Path(args.out)
     if args.format in ("npz", "tokens") and out.suffix != ".npz":
         raise UserError(f"--out={out} must end in .npz for --format={args.format}")

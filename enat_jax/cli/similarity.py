@@ -7,8 +7,8 @@ from enat_jax.cli.shared_flags import generates, restored, whole_number
 
 def define(values: flags.FlagValues) -> None:
     generates(values, out="the folder to write")
-    whole_number(values, "images", 3, "images to show maps of")
-    whole_number(values, "samples", 1000, "images to average over")
+    whole_number(values, "images", 3, "images to show maps of", at_most=10**6)
+    whole_number(values, "samples", 1000, "images to average over", at_most=10**8)
 
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from enat_jax.config import Config, config_from_dict
 from enat_jax.convert.weight_file import about, read_weights
 from enat_jax.errors import UserError
 from enat_jax.evaluation.inception_weights import load_inception
-from enat_jax.files import Path
+from enat_jax.files import Path, read_json
 from enat_jax.models.autonat import weights as autonat_weights
 from enat_jax.models.enat import weights as enat_weights
 from enat_jax.models.import_table import fill
@@ -84,7 +83,7 @@ def _read_beside(path: pathlib.Path, needed: dict[str, list[str]]) -> dict[str, 
     """Our fields from the reference's own config, by what it calls them."""
     advice = f"give --config, or put {' and '.join(needed)} into {path}"
     try:
-        recorded = json.loads(path.read_text())
+        recorded = read_json(path)
         return {
             ours: value
             for theirs, fields in needed.items()

@@ -37,8 +37,8 @@ Replayed = Iterator[tuple[str, Any]]  # keys, and our arrays for them
 class Comparison(NamedTuple):
     """How far an imported network is from one recorded array of `size` numbers, by its key.
 
-    The difference is the largest absolute one, of Inception's features as a fraction of the
-    largest; or, where it is `exact`, how many integers differ.
+    The difference is the largest absolute one, of logits and of Inception's features as a fraction
+    of the largest; or, where it is `exact`, how many integers differ.
     """
 
     name: str
@@ -87,8 +87,8 @@ def verify(model: nnx.Module, recorded: Arrays) -> list[Comparison]:
         ours = {key: np.asarray(x) for key, x in replay_all(model, recorded) if key in recorded}
     if not ours:
         raise UserError(f"nothing to verify among the keys {sorted(recorded)[:8]} ...")
-    relative = isinstance(model, Inception)
-    return [compare(key, x, recorded[key], relative) for key, x in ours.items()]
+    every = isinstance(model, Inception)
+    return [compare(k, x, recorded[k], every or k.endswith("logits")) for k, x in ours.items()]
 
 
 def compare(name: str, ours: np.ndarray, theirs: np.ndarray, relative: bool = False) -> Comparison:

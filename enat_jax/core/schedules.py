@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,6 +34,7 @@ _YAML_KEYS = {  # AutoNAT's published keys; the last ratio and the last choice t
     "manual_samp_temp": "sampling_temperature",
     "manual_cfg": "guidance_scale",
 }
+_MOST_BYTES, _MOST_DEPTH = 2**18, 8  # of a strategy file
 _LAST_IS_ZERO = ("mask_ratio", "choice_temperature")
 
 
@@ -67,7 +69,7 @@ class StrategyConfig:
 
 
 def make_strategy(cfg: StrategyConfig, length: int | None = None) -> GenerationStrategy:
-    """The strategy a config describes: ENAT's rule (its section 5.1), MaskGIT's, or a file's.
+    """The strategy a config describes: ENAT's rule (its section A.2), MaskGIT's, or a file's.
 
     Args:
         cfg: the strategy's config.
@@ -126,24 +128,57 @@ def read_strategy(
             of range; named.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content: Any = yaml.safe_load(file)
-        return _strategy(content, steps, masking)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("is no regular file")
+        with open(path, "rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise ValueError(f"has more than {_MOST_BYTES} bytes")
+        return _strategy(yaml.load(text, _PlainLoader), steps, masking)
     except (OSError, ValueError, yaml.YAMLError) as error:
         line = " ".join(str(error).split())  # YAML's complaints are of several lines
         raise ValueError(f"strategy file {path}: {line}") from error
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Reads somebody else's YAML: nothing deep, nothing by reference, no key twice."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"aliases are not taken: *{self.peek_event().anchor}")
+        if self._depth == _MOST_DEPTH:
+            raise ValueError(f"is nested deeper than {_MOST_DEPTH}")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (str(key.value) for key, _ in node.value):
+            if key in seen:
+                raise ValueError(f"has the key {key!r:.80} twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def _strategy(content: Any, steps: int | None, masking: Masking) -> GenerationStrategy:
     if not isinstance(content, Mapping) or set(content) != set(_YAML_KEYS):
         keys = list(content) if isinstance(content, Mapping) else content
-        raise ValueError(f"must have the keys {', '.join(_YAML_KEYS)} and no others, not {keys!r}")
+        shown = f"{keys!r:.200}"
+        raise ValueError(f"must have the keys {', '.join(_YAML_KEYS)} and no others, not {shown}")
     arrays = {}
     for key, name in _YAML_KEYS.items():
         try:
-            arrays[name] = np.asarray(content[key], np.float64).reshape(-1)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{key} = {content[key]} must be a list of numbers") from error
+            values = np.asarray(content[key], object).reshape(-1).tolist()
+            if any(isinstance(value, bool) for value in values):
+                raise TypeError("true and false are no numbers")
+            arrays[name] = np.array([float(value) for value in values])  # 1e-4 is text in YAML
+        except (TypeError, ValueError, OverflowError) as error:
+            shown = f"{content[key]!r:.200}"
+            raise ValueError(f"{key} = {shown} must be a list of numbers") from error
     count = len(arrays["sampling_temperature"])
     for name in _LAST_IS_ZERO:
         if len(arrays[name]) == count - 1:

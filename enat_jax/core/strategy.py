@@ -6,11 +6,11 @@ from typing import Literal
 import numpy as np
 
 Masking = Literal["enat", "autonat"]
-_IN_RANGE = {
-    "mask_ratio": ("within [0, 1]", lambda x: (x >= 0) & (x <= 1)),
-    "choice_temperature": (">= 0", lambda x: x >= 0),
-    "sampling_temperature": ("> 0", lambda x: x > 0),
-    "guidance_scale": (">= 0", lambda x: x >= 0),
+_LIMITS = {  # beyond these logits overflow float32
+    "mask_ratio": (0, 1),
+    "choice_temperature": (0, 1e6),
+    "sampling_temperature": (1e-6, 1e6),
+    "guidance_scale": (0, 1e6),
 }
 
 
@@ -20,9 +20,9 @@ class GenerationStrategy:
 
     Attributes:
         mask_ratio: fraction still masked after the step, in [0, 1], not rising, the last one 0.
-        choice_temperature: Gumbel noise scale on the confidence, >= 0.
-        sampling_temperature: divides the logits, > 0.
-        guidance_scale: s in `c + s (c - u)`, >= 0.
+        choice_temperature: Gumbel noise scale on the confidence, in [0, 1e6].
+        sampling_temperature: divides the logits, in [1e-6, 1e6].
+        guidance_scale: s in `c + s (c - u)`, in [0, 1e6].
         masking: how ratios become counts.
         priority: of each position, added to the confidence it is ranked by, `[l]`, or `[t l]` where
             steps differ; None for 0.
@@ -40,12 +40,13 @@ class GenerationStrategy:
 
     def __post_init__(self) -> None:
         problems, shapes = [], {}
-        for name, (limits, in_range) in _IN_RANGE.items():
+        for name, (low, high) in _LIMITS.items():
             array = np.asarray(getattr(self, name), np.float64)
             object.__setattr__(self, name, array)
             shapes[name] = array.shape
-            if not np.all(np.isfinite(array) & in_range(array)):
-                problems.append(f"{name} must be {limits} and finite, not {array.tolist()}")
+            if not np.all((array >= low) & (array <= high)):  # nor NaN
+                limits = f"within [{low:g}, {high:g}] and finite"
+                problems.append(f"{name} must be {limits}, not {array.tolist()}")
         ratio = self.mask_ratio
         if len(set(shapes.values())) > 1 or ratio.ndim != 1 or not ratio.size:
             problems.append(f"arrays must all be of one length, not {shapes}")

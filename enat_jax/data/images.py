@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from enat_jax.config import ImageConfig
 from enat_jax.data.prepared import open_prepared
-from enat_jax.errors import UserError
+from enat_jax.errors import UserError, printable
 
 _SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -91,7 +91,10 @@ def open_images(cfg: ImageConfig) -> ImageSource:
     """
     if bool(cfg.folder) == bool(cfg.name):
         raise UserError(f"images: give one of folder = {cfg.folder!r} and name = {cfg.name!r}")
-    return _class_folders(cfg.folder) if cfg.folder else _data_set(cfg)
+    source = _class_folders(cfg.folder) if cfg.folder else _data_set(cfg)
+    if odd := [repr(name) for name in source.class_names if printable(name) != name]:
+        raise UserError(f"class names of no UTF-8 or with control characters: {_some(odd)}")
+    return source
 
 
 def _class_folders(folder: str) -> ImageSource:
@@ -125,12 +128,12 @@ def _class_folders(folder: str) -> ImageSource:
         others = f" ({ignored} other files ignored)" if ignored else ""
         raise UserError(f"folder {folder!r}: {_some(errors, '; ', 3)}{others}")
     return ImageSource(
-        name=f"folder {root.resolve().name}",
+        name=f"folder {printable(root.resolve().name)}",
         digest=_digest(files),
         class_names=tuple(classes),
         count=len(files),
         class_id=class_ids.__getitem__,
-        describe=files.__getitem__,
+        describe=lambda index: printable(files[index]),
         encoded=lambda index: (root / files[index]).read_bytes(),
         ignored=ignored,
     )

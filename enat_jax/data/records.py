@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Int, UInt16
 
 from enat_jax.errors import UserError, differences
-from enat_jax.files import atomic, fsync
+from enat_jax.files import atomic, fsync, read_json
 
 _VERSION, _SPLIT = "1.0.0", "train"
 _PLAN, _LAST = "plan.json", "dataset_info.json"  # the first and the last file of a data set
@@ -207,7 +207,13 @@ class RecordFolder:
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            content = read_json(path) if path.exists() else None
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+        if not isinstance(content, dict | None):
+            raise UserError(f"{path}: holds no fields")
+        return content
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         with atomic(self.path / name, partial=_partial()) as part:

@@ -2,13 +2,12 @@
 
 import csv
 import io
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from enat_jax.errors import UserError, differences
-from enat_jax.files import write_json, write_text
+from enat_jax.files import read_json, write_json, write_text
 
 ABOUT = "about.json"
 Row = dict[str, Any]
@@ -46,7 +45,7 @@ class Table:
         self.path, self.columns, self.rows = path, dict(columns), dict[Key, Row]()
         self._keys, self._order = keys, list(order)
         _open_folder(path, about)
-        text = _read(path, str) if path.exists() else ""
+        text = _read(path, lambda path: path.read_text(encoding="utf-8")) if path.exists() else ""
         complete = text[: text.rfind("\n") + 1]  # a line that was cut off is made again
         lines = list(csv.reader(io.StringIO(complete, newline="")))
         if lines and lines[0] != list(columns):
@@ -93,7 +92,7 @@ def _open_folder(table: pathlib.Path, about: Mapping[str, Any]) -> None:
     """Makes a study's folder, or sees that the one that is there is the same study's."""
     path = table.with_name(ABOUT)
     if path.exists():
-        if different := differences(_read(path, json.loads), about):
+        if different := differences(_read(path, read_json), about):
             raise UserError(
                 f"{path.parent} was started with something else ({different}): choose another --out"
             )
@@ -104,8 +103,8 @@ def _open_folder(table: pathlib.Path, about: Mapping[str, Any]) -> None:
         write_json(path, about)
 
 
-def _read(path: pathlib.Path, parse: Callable[[str], Any]) -> Any:
+def _read(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Any:
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return read(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; remove it") from error

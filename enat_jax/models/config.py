@@ -42,7 +42,14 @@ class TransformerConfig:
 
     RULES = (
         ("width num_heads", lambda width, heads: width % heads == 0, "must be a multiple of {1}"),
-    )
+        ("mlp_ratio width", lambda ratio, width: 1 <= int(width * ratio) < 2**31,
+         "must give the MLPs of {1} at least 1 hidden feature, and below 2**31"),
+        ("attention dtype", lambda how, dtype: how != "cudnn" or dtype == "bfloat16",
+         "needs bfloat16, not {1}"),
+        ("width num_heads attention",
+         lambda width, heads, how: how != "cudnn" or width % (8 * heads) == 0,
+         "must be a multiple of 8 x {1} with {2}"),
+    )  # fmt: skip
 
     @property
     def mask_id(self) -> int:

@@ -67,8 +67,11 @@ def connect(
         coordinator, processes, process, devices = _ask_the_cluster(*given, wait)
         if given == (None, None, None) and processes in (None, 1):
             return
-    if coordinator is not None and ":" not in coordinator:
-        raise UserError(f"--coordinator={coordinator}, must be host:port")
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not (host and re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) < 2**16):
+            text = f"--coordinator={coordinator}, must be host:port, a port from 1 to 65535"
+            raise UserError(text)
     flags = f"--coordinator={coordinator} --num_processes={processes} --process_id={process}"
     # before JAX's own time-out, an abort with a trace of C++; process 0 has the coordinator, and
     # those who lose it are aborted, too

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int, PyTree
 
 from enat_jax.config import MeshConfig, Policy
 from enat_jax.errors import UserError
+from enat_jax.models.config import TransformerConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -114,12 +115,18 @@ class Placement:
         """How many shares a batch is split into."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
-    def check_heads(self, num_heads: int) -> None:
-        """Raises UserError where the axis `tensor` does not divide attention heads."""
-        if num_heads % self.mesh.shape["tensor"]:
+    def check_attention(self, model: TransformerConfig) -> None:
+        """Raises UserError where the axis `tensor` does not divide heads, or cuDNN has no GPU."""
+        if model.num_heads % self.mesh.shape["tensor"]:
             raise UserError(
                 f"config: mesh.tensor = {self.mesh.shape['tensor']} must divide model.num_heads ="
-                f" {num_heads}"
+                f" {model.num_heads}"
+            )
+        platform = self.mesh.devices.flat[0].platform
+        if model.attention == "cudnn" and platform in ("cpu", "tpu"):
+            raise UserError(
+                f"config: model.attention = 'cudnn' needs an NVIDIA GPU, not a {platform}:"
+                " --config.model.attention=xla"
             )
 
     # Between steps.

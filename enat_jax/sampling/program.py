@@ -54,7 +54,7 @@ class GenerationProgram:
         *,
         layers: Layers = "auto",
     ):
-        placement.check_heads(config.model.num_heads)
+        placement.check_attention(config.model)
         self.config, self.placement, self.tokenizer = config, placement, tokenizer
         on_cpu = placement.mesh.devices.flat[0].platform == "cpu"
         self.decode_batch_size = config.sample.decode_batch_size or (1 if on_cpu else 8)

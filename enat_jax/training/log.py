@@ -63,7 +63,7 @@ def _keep_up_to(path: pathlib.Path, last_step: int) -> None:
     def is_kept(line: bytes) -> bool:
         try:
             return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
-        except ValueError:
+        except (ValueError, TypeError, KeyError, RecursionError):
             return False
 
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []

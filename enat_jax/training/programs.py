@@ -100,7 +100,7 @@ class TrainingPrograms(Programs):
         tokenizer: Tokenizer | None = None,
         class_names: Sequence[str] = (),
     ):
-        placement.check_heads(config.model.num_heads)
+        placement.check_attention(config.model)
         cfg = config.train
         super().__init__(config, placement, cfg.images_per_row * cfg.accumulation)
         self._tokenizer, self._class_names = tokenizer, class_names

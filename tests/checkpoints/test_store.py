@@ -274,6 +274,26 @@ class TestReading:
             assert "\n" not in str(error.value)
             assert checkpoints.steps() == [10, 20]
 
+    @pytest.mark.parametrize(
+        ("name", "value", "part"),
+        [
+            ("metadata", [1], "TypeError"),
+            ("fields", [1], "fields of its metadata"),
+            ("metadata", {"config": [1], "class_names": 5}, "config, class_names of its metadata"),
+            ("metadata", {"position": {"images": "9"}}, "images of its metadata"),
+            ("metadata", {"position": {}}, "KeyError: 'images'"),
+        ],
+    )
+    def test_metadata_of_somebody_else_are_passed_over(self, copy, name, value, part):
+        (copy / "20" / "digests.0-of-1.json").unlink()
+        file = copy / "20" / "_CHECKPOINT_METADATA"
+        content = json.loads(file.read_text())
+        content["custom_metadata"][name] = value
+        file.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=part):
+            Checkpoints(copy, read_only=True).metadata(20)
+        assert Checkpoints(copy, read_only=True).restore(ABSTRACT, warn=print)[0] == 10
+
     @pytest.mark.parametrize("lost", ["the array", "_METADATA", "_CHECKPOINT_METADATA"])
     def test_without_digests_what_cannot_be_read_is_passed_over(self, copy, lost):
         (copy / "20" / "digests.0-of-1.json").unlink()

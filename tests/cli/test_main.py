@@ -130,6 +130,20 @@ class TestErrors:
             ([*TRAIN, "--coordinator=host:1"],
              "--coordinator=host:1 --num_processes=None --process_id=None: "),
             (["sample", "--workdir=none", "--out=x.png"], "no checkpoint in "),
+            (["train", "--config=configs/digits.py", "--workdir="], "--workdir= is empty"),
+            (["train", "--config=configs/digits.py", "--workdir", ""], "--workdir= is empty"),
+            (["bench", "--config=configs/digits.py", "--what="], "--what= is empty"),
+            (["bench", "--config=configs/digits.py", "--what=flops", "--batch_sizes=4294967296"],
+             "--batch_sizes=4294967296: 4294967296 must be below 2**31"),
+            (["bench", "--config=configs/digits.py", f"--repeats={10**30}"], "--repeats"),
+            (["bench", "--config=configs/digits.py", "--config.model.attention=cudnn",
+              "--config.model.dtype=bfloat16"], "model.attention = 'cudnn' needs an NVIDIA GPU"),
+            ([*TRAIN, "--coordinator=localhost:99999", "--num_processes=2", "--process_id=1"],
+             "--coordinator=localhost:99999, must be host:port, a port from 1 to 65535"),
+            ([*TRAIN, f"--wait={10**30}"], "--wait"),
+            (["convert", "--kind=enat", "--source=x", "--tolerance=inf"], "tolerance"),
+            (["bench", "--config=a\x1b[2J\udcff.py"], r"no config file 'a\x1b[2J\udcff.py'"),
+            (["bench", "--config=configs/digits.py", "--what=\x1b[2J"], r"what = \x1b[2J, must"),
         ],
     )  # fmt: skip
     def test_what_cannot_be_asked_is_named(self, fails, arguments, part):
@@ -139,6 +153,11 @@ class TestErrors:
         monkeypatch.setattr("enat_jax.cli.train.run", failing(KeyboardInterrupt))
         assert main(TRAIN) == 130
         assert capsys.readouterr() == ("", "enat train: interrupted\n")
+
+    @pytest.mark.parametrize("kind", [MemoryError("12"), RuntimeError("RESOURCE_EXHAUSTED: 12")])
+    def test_memory_that_ends_is_a_line(self, monkeypatch, fails, kind):
+        monkeypatch.setattr("enat_jax.cli.train.run", failing(kind))
+        assert fails(*TRAIN) == f"out of memory: {kind}"
 
     def test_an_error_that_nobody_foresaw_keeps_its_traceback(self, monkeypatch):
         monkeypatch.setattr("enat_jax.cli.train.run", failing(ZeroDivisionError))
@@ -176,6 +195,11 @@ class TestErrors:
             (["--config.strategy.rule=file", "--config.strategy.file=none.yaml"], "none.yaml"),
             (["--seed=4294967296"], "seed"),
             (["--seed=-1"], "seed"),
+            (
+                ["--per_class=1000000000"],
+                "10 classes x --per_class=1000000000 = 10000000000 images",
+            ),
+            (["--classes=9223372036854775808"], "must be below 2**31"),
         ],
     )
     def test_samples_that_cannot_be_are_refused(self, fails, trained, tmp_path, flags, part):

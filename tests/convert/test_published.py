@@ -97,6 +97,7 @@ class TestTokenNetworks:
         ("name", "content", "part"),
         [
             ("enat", "{", "config.json: JSONDecodeError"),
+            ("enat", "[" * 100_000, "config.json: ValueError: is nested deeper than 64"),
             ("enat", '{"num_heads": 4}', "config.json: KeyError: 'enc_dec'"),
             ("enat", '{"num_heads": 4, "enc_dec": 3}', "config.json: ValueError"),
             ("enat", '{"num_heads": 4, "enc_dec": [1, 2, 2]}', "config.json: ValueError"),

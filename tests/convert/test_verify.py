@@ -94,6 +94,14 @@ def test_one_wrong_number_fails(arrays, name, key, where, value):
     assert wrong.name == key
 
 
+def test_logits_differ_by_fractions_of_the_largest(arrays, enat):
+    recording = arrays("forward")[1]
+    logits = recording["a/half_masked/logits"]
+    logits[0, 0, 0] += 0.1
+    (wrong,) = [e for e in verify(enat, recording) if e.fails(1e-4)]
+    assert wrong.difference == pytest.approx(0.1 / np.abs(logits).max(), rel=1e-2)
+
+
 class Means(Inception):
     """In place of Inception: pool features that are the means of the channels."""
 

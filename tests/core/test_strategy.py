@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import os
 import pathlib
 
 import numpy as np
@@ -226,6 +228,29 @@ class TestFile:
     def test_a_missing_file_is_named(self, tmp_path):
         assert "No such file" in self.refusal(tmp_path / "none.yaml")
 
+    @pytest.mark.parametrize(
+        ("content", "part"),
+        [
+            ("a: &a [1, 1]\n" + "".join(
+                f"{k}: &{k} [*{j}, *{j}, *{j}, *{j}, *{j}, *{j}, *{j}, *{j}]\n"
+                for j, k in itertools.pairwise("abcdefghijk")), "aliases are not taken"),
+            ("a: " + "[" * 5000, "nested deeper than 8"),
+            (yaml.safe_dump(SEARCHED) + "manual_cfg: [1]\n", "has the key 'manual_cfg' twice"),
+            ("#" + " " * 2**20, "has more than 262144 bytes"),
+            (yaml.safe_dump({**SEARCHED, "manual_cfg": [True] * 8}), "must be a list of numbers"),
+            (yaml.safe_dump({**SEARCHED, "manual_cfg": [10**400] * 8}), "must be a list of"),
+            (yaml.safe_dump({**SEARCHED, "manual_cfg": [1e39] * 8}), "guidance_scale must be"),
+        ],
+    )  # fmt: skip
+    def test_what_is_made_to_harm_is_refused(self, write, content, part):
+        message = self.refusal(write(content))
+        assert part in message
+        assert len(message) < 2000
+
+    def test_what_is_no_file_is_not_opened(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        assert "no regular file" in self.refusal(tmp_path / "pipe")
+
     @pytest.mark.parametrize("content", ["[1, 2", "just text", "- 1\n- 2", ""])
     def test_what_is_no_strategy_is_refused(self, write, content):
         self.refusal(write(content))
@@ -254,7 +279,7 @@ class TestFile:
     @pytest.mark.parametrize("value", [".nan", ".inf"])
     def test_a_number_that_is_not_finite_is_named(self, write, value):
         text = yaml.safe_dump({**SEARCHED, "manual_cfg": 8 * ["X"]}).replace("X", value)
-        assert "guidance_scale must be >= 0 and finite" in self.refusal(write(text))
+        assert "guidance_scale must be within [0, 1e+06] and finite" in self.refusal(write(text))
 
     @pytest.mark.parametrize("values", [["a"] * 8, [[1.0], [2.0, 3.0]], None])
     def test_values_that_are_no_numbers_are_refused(self, write, values):
@@ -266,9 +291,9 @@ class TestFile:
     [
         ("mask_ratio", [0.5, 0.1], "mask_ratio must end at 0, not 0.1"),
         ("mask_ratio", [1.5, 0.0], "mask_ratio must be within"),
-        ("choice_temperature", [-1.0, 0.0], "choice_temperature must be >= 0"),
-        ("sampling_temperature", [1.0, 0.0], "sampling_temperature must be > 0"),
-        ("guidance_scale", [0.0, -2.0], "guidance_scale must be >= 0"),
+        ("choice_temperature", [-1.0, 0.0], "choice_temperature must be within"),
+        ("sampling_temperature", [1.0, 0.0], "sampling_temperature must be within"),
+        ("guidance_scale", [0.0, -2.0], "guidance_scale must be within"),
         ("guidance_scale", [0.0, np.nan], "guidance_scale must be .* finite"),
         ("guidance_scale", [0.0], "arrays must all be of one length"),
     ],

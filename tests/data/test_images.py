@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import threading
 import zlib
@@ -91,6 +92,17 @@ class TestAFolder:
         (tmp_path / "all/dog/up").symlink_to(tmp_path / "all/dog")  # a circle
         source = open_images(ImageConfig(folder=str(tmp_path / "some")))
         assert [source.describe(i) for i in range(len(source))] == ["dog/1.png", "dog/more/2.png"]
+
+    def test_names_that_are_no_text_are_escaped_and_of_classes_refused(self, tmp_path):
+        name = os.fsdecode(b"\x1b[2J\xff\n")
+        source = open_images(fill(tmp_path / name, {f"a/{name}.png": b"x"}))
+        assert (source.name, source.describe(0)) == (
+            r"folder \x1b[2J\udcff\n", r"a/\x1b[2J\udcff\n.png"
+        )  # fmt: skip
+        for odd in (name, "a\u202e"):
+            with pytest.raises(UserError, match="class names of no UTF-8 or with control") as error:
+                open_images(fill(tmp_path / repr(odd), {f"{odd}/1.png": None, "b/1.png": None}))
+            assert str(error.value).isprintable()
 
     @pytest.mark.parametrize(
         ("files", "message"),

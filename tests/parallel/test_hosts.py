@@ -98,7 +98,7 @@ class TestMeeting:
         ((None, 2, 0), "--coordinator=None --num_processes=2 .* coordinator_address should be def"),
         (("host:1", 2, 2), "--process_id=2: .* Got process_id=2, num_processes=2"),
         (("host:1", 2, -1), "Got process_id=-1, num_processes=2"),
-        (("host", 2, 1), "--coordinator=host, must be host:port"),
+        (("host", 2, 1), "--coordinator=host, must be host:port, a port from 1 to 65535"),
     ])  # fmt: skip
     def test_flags_that_say_too_little_or_what_cannot_be_are_named(
         self, join, monkeypatch, flags, message

@@ -76,7 +76,7 @@ class AblateConfig:
     grid: dict = field(default_factory=dict)
     points: dict = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    num_images: int = limited(50_000, at_least=2)
+    num_images: int = limited(50_000, at_least=2, at_most=10**8)
     seeds: tuple[int, ...] = limited((0,), at_least=0, below=2**32)
     timed_batches: int = limited(5, at_least=1)
     sheet: int = limited(10, at_least=0)

@@ -89,7 +89,7 @@ class SearchConfig:
     steps: int = limited(8, at_least=1)
     start: str = "published"
     optimiser: Literal["sgd", "cma"] = "sgd"
-    num_images: tuple[int, ...] = limited((50_000,), at_least=2)
+    num_images: tuple[int, ...] = limited((50_000,), at_least=2, at_most=10**8)
     updates: tuple[int, ...] = limited((100,), at_least=1)
     classes: Literal["random", "balanced"] = "random"
     seed: int = limited(0, at_least=0, below=2**32)

@@ -67,7 +67,7 @@ def starting_numbers(cfg: SearchConfig, sampler: Sampler) -> Float[np.ndarray, "
     if cfg.steps > length:
         raise UserError(f"steps = {cfg.steps} must be between 1 and {length} tokens")
     if cfg.start == "published":
-        return parameters.clamp(parameters.published_start())
+        return parameters.published_start()
     if cfg.start == "run":
         return parameters.numbers(sampler.program.strategy(steps=cfg.steps))
     try:

@@ -21,7 +21,7 @@ class Sgd:
     """
 
     def __init__(self, start: Float[np.ndarray, " n"], parameters: Parameters, cfg: SgdConfig):
-        self.current = parameters.clamp(start)
+        self.current = start.copy()  # not clamped: from 12 steps on the published one is beyond
         self._parameters, ratio = parameters, parameters.is_ratio
         self._probe = np.where(ratio, cfg.ratio_probe, cfg.probe)
         self._rate = np.where(ratio, cfg.ratio_learning_rate, cfg.learning_rate)
@@ -37,8 +37,9 @@ class Sgd:
 
     def tell(self, values: Float[np.ndarray, " k"]) -> None:
         """A step down the slope that the probes found."""
-        # over the whole step, as published, also where the probe was cut off at 1
-        slope = (values[1:] - values[0]) / self._probe
+        # over the step that was taken, as published, also where the probe was cut off at 1
+        room = np.where(self._parameters.is_ratio, 1 - self.current, np.inf)
+        slope = (values[1:] - values[0]) / np.minimum(self._probe, room)
         self._velocity = self._momentum * self._velocity + slope
         self.current = self._parameters.clamp(self.current - self._rate * self._velocity)
 

@@ -15,6 +15,6 @@ class AutoNATConfig(TransformerConfig):
     """
 
     name: Literal["autonat"] = "autonat"
-    depth: int = field(default=24, metadata={"at_least": 2})
+    depth: int = field(default=24, metadata={"at_least": 2, "at_most": 1024})
 
     RULES = (("depth", lambda depth: depth % 2 == 0, "must be an even number"),)

@@ -18,7 +18,7 @@ Reuse = Literal["last_layer", "none", "all_tokens", "all_layers"]
 
 @dataclass(frozen=True)
 class ENATConfig(TransformerConfig):
-    """Sizes of ENAT, how it computes, and which of the paper's ablations it is (section 5.3).
+    """Sizes of ENAT, how it computes, and which of the paper's ablations it is (section 5.2).
 
     Attributes:
         encoder_depth: blocks that new tokens run through; all tokens where the stack is shared.
@@ -40,8 +40,8 @@ class ENATConfig(TransformerConfig):
     """
 
     name: Literal["enat"] = "enat"
-    encoder_depth: int = field(default=15, metadata={"at_least": 1})
-    decoder_depth: int = field(default=1, metadata={"at_least": 0})
+    encoder_depth: int = field(default=15, metadata={"at_least": 1, "at_most": 1024})
+    decoder_depth: int = field(default=1, metadata={"at_least": 0, "at_most": 1024})
     stacks: Literal["separate", "shared"] = "separate"
     blocked: Blocked = "none"
     context_attention: Literal["joint", "alternating"] = "joint"
