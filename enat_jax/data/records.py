@@ -201,7 +201,9 @@ class RecordFolder:
     def _described(self, shard: int) -> dict[str, Any] | None:
         """A shard's description; None where the shard is not complete."""
         described, file = self._read_json(_description(shard)), self._shard(shard)
-        if not (described and file.is_file() and file.stat().st_size == described["bytes"]):
+        if not (described and {"records", "bytes", "skipped"} <= described.keys()):
+            return None
+        if not (file.is_file() and file.stat().st_size == described["bytes"]):
             return None
         verified = (shard, file.stat().st_mtime_ns)
         if verified not in self._verified and "crc32" in described:

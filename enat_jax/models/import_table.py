@@ -97,8 +97,10 @@ def apply_rules(
         for name, part in parts.items():
             if part.dtype.kind in "iub":
                 unfit.append(f"{name} of {part.dtype}")
-            elif not np.isfinite(part.astype(leaf.dtype)).all():
-                unfit.append(name)
+                continue
+            with np.errstate(over="ignore"):  # of float64
+                if not np.isfinite(part.astype(leaf.dtype)).all():
+                    unfit.append(name)
         if not wrong and len(parts) == len(rule.names):
             value = np.stack(list(parts.values())).reshape(leaf.shape).astype(leaf.dtype)
             arrays[path] = leaf.replace(jnp.asarray(value))

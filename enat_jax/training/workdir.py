@@ -174,11 +174,11 @@ class Workdir(contextlib.ExitStack):
 
 
 def _common(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The fields of a config's sections that another has, too, one of another version say."""
+    """The fields that another config has, too: one of another version may have others."""
     return {
-        section: {k: v for k, v in (config.get(section) or {}).items() if k in fields}
+        section: {k: v for k, v in config[section].items() if k in fields}
         for section, fields in other.items()
-        if isinstance(fields, Mapping)
+        if section in config
     }
 
 
