@@ -12,6 +12,9 @@ from enat_jax.tokenizers.config import DiscriminatorConfig, VQGANConfig
 
 Policy = Literal["replicated", "zero1", "zero2", "fsdp"]
 Wants = Literal["token_ids", "floats", "uint8"]
+# fields of the sections that say what a network is, `model` and `tokenizer`, which only say how it
+# computes: of a checkpoint they may be changed
+MAY_DIFFER = ("attention", "remat", "dtype", "reproject", "weights")
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ class LoopConfig:
         sample_every: steps between two pictures; 0 makes none.
         checkpoint_every: steps between two checkpoints.
         keep: newest checkpoints kept.
-        max_bad_steps: steps in a row with a loss or a gradient that is not finite, none of them
-            applied, after which the run stops.
+        max_bad_steps: steps in a row with a loss, a gradient or new weights that are not finite,
+            none of them applied, after which the run stops.
         profile_steps: first and last step, counted from 1, of a profiler trace that TensorBoard
             shows; (0, 0) traces nothing.
     """

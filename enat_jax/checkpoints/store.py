@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import utils as orbax_utils
@@ -138,7 +139,8 @@ class Checkpoints:
 
         Neither the mesh nor the number of processes need be those it was saved from. The files
         read are compared with their digests first; where a kill came between the commit and them,
-        it is used if it can be read. Newer ones that are corrupt are renamed to `STEP.damaged`.
+        it is used if it can be read. One with a value that is not finite counts as corrupt. Newer
+        ones that are corrupt are renamed to `STEP.damaged`.
 
         Args:
             abstract: `jax.ShapeDtypeStruct` trees, only the ones wanted: no other is read. A leaf
@@ -217,20 +219,25 @@ class Checkpoints:
     def _load(
         self, step: int, record: dict[str, Any], abstract: Mapping[str, PyTree]
     ) -> dict[str, PyTree]:
-        """Reads trees; raises _CorruptError if they cannot be read."""
+        """Reads trees; raises _CorruptError if they cannot be read, or are not finite."""
         path = self._directory / str(step)
         fields = {name: shape for name, shape in record["fields"].items()
                   if name.partition(".")[0] in abstract}  # fmt: skip
         if phrases := differences(fields, _shapes(abstract)):
             raise CheckpointError(f"{path} is of another model: {phrases}")
         try:
-            return {name: ocp.load(path, tree, checkpointable_name=name)
-                    for name, tree in abstract.items()}  # fmt: skip
+            trees = {name: ocp.load(path, tree, checkpointable_name=name)
+                     for name, tree in abstract.items()}  # fmt: skip
         except Exception as error:
             no_room = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
             if no_room or several():  # the others may have read it, or wait for this process to
                 raise CheckpointError(f"cannot read {path}: {_line(error)}") from error
             raise _CorruptError(_line(error)) from error
+        finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
+        for name, leaf in zip(_shapes(trees), jax.tree.leaves(trees), strict=True):
+            if not finite(leaf):
+                raise _CorruptError(f"{name} is not finite")
+        return trees
 
     def _set_aside(self, corrupt: Collection[int]) -> None:
         """Renames corrupt steps: left in place they would count as kept, and never be rewritten."""

@@ -1,7 +1,6 @@
 """Speed, FLOPs and memory as JSON."""
 
 import json
-import pathlib
 import sys
 
 from absl import flags
@@ -22,6 +21,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.config import load_config
+    from enat_jax.files import write_text
     from enat_jax.tools.bench import bench
 
     result = bench(
@@ -36,5 +36,5 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     text = json.dumps(result, indent=2)
     print(text)
     if args.out:
-        pathlib.Path(args.out).write_text(text + "\n", encoding="utf-8")
+        write_text(args.out, text + "\n")
     return 0

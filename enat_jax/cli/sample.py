@@ -28,6 +28,7 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     import numpy as np
 
     from enat_jax.data import pictures as images
+    from enat_jax.files import write_arrays
     from enat_jax.parallel.hosts import is_primary
     from enat_jax.sampling.sampler import sampler_of
 
@@ -50,7 +51,8 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     batches = _watched(batches, len(wanted))
     if args.format == "tokens":
-        np.savez(out, token_ids=np.concatenate(list(batches)), class_ids=wanted)
+        arrays = {"token_ids": np.concatenate(list(batches)), "class_ids": wanted}
+        write_arrays(out, arrays)
     elif args.format == "grid":
         names = [*sampler.class_names, "any"]
         grid = images.image_grid(np.concatenate(list(batches)), [names[c] for c in wanted])

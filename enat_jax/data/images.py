@@ -22,6 +22,8 @@ from enat_jax.errors import UserError, printable
 _SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other parser sees a byte
+_MAX_BYTES = 2**30  # of a file: no format needs as many for so many pixels
 _MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # where Pillow begins to warn of decompression bombs
 _SMALLEST_CROP = 0.8  # of the shorter side, in random crops
 
@@ -134,7 +136,7 @@ def _class_folders(folder: str) -> ImageSource:
         count=len(files),
         class_id=class_ids.__getitem__,
         describe=lambda index: printable(files[index]),
-        encoded=lambda index: (root / files[index]).read_bytes(),
+        encoded=lambda index: _read(root / files[index]),
         ignored=ignored,
     )
 
@@ -191,7 +193,7 @@ def decode_image(encoded: bytes) -> Image.Image:
     """
     if not encoded:
         raise ValueError("the file is empty")
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
         if image.width * image.height > _MAX_PIXELS:
             raise Image.DecompressionBombError
         image.load()
@@ -237,6 +239,17 @@ def _resized(image: Image.Image, shorter: int, size: int) -> UInt8[np.ndarray, "
     if width * height > _MAX_PIXELS:
         raise ValueError(f"too narrow: {width} x {height} pixels where {size} x {size} are cropped")
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _read(path: pathlib.Path) -> bytes:
+    """A regular file's bytes: no pipe or device, which may never end."""
+    if not path.is_file() and path.exists():
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"more than {_MAX_BYTES} bytes")
+    return content
 
 
 def _reason(error: Exception) -> str:

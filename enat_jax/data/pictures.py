@@ -52,7 +52,8 @@ def _columns(labels: Sequence[str]) -> int:
 
 def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "y x 3"]) -> None:
     """Writes one image."""
-    Image.fromarray(image).save(path, format="PNG")
+    with atomic(path) as part:
+        Image.fromarray(image).save(part, format="PNG")
 
 
 def write_pngs(

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from enat_jax.errors import UserError
+
+_FEATURES = "tensorflow_datasets.core.features."
 
 
 class Prepared(NamedTuple):
@@ -74,15 +77,51 @@ def open_prepared(
                 " wrote it, the same command goes on where it stopped"
             )
         try:
+            _refuse_foreign_classes((newest / "features.json").read_text())
             opened: Any = tfds.builder_from_directory(newest)
             if opened.info.splits[split].num_examples == 0:
                 raise ValueError("the split is empty")
+            _refuse_damaged_shards(newest, opened.info.splits[split].filepaths)
             source = opened.as_data_source(split=split, **decoding)
         except (OSError, ValueError, NotImplementedError) as error:
             raise UserError(f"{where}: {' '.join(str(error).split())}") from error
     info = opened.info
     features = dict((info.features or {}).items())
     return Prepared(where, info.full_name, dict(info.metadata or {}), features, source)
+
+
+def _refuse_foreign_classes(features: str) -> None:
+    """Raises ValueError unless TFDS has all the classes that a `features.json` names.
+
+    TFDS imports the module of any other: a folder of data could run a program of its own.
+    """
+    values = [json.loads(features)]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            for key in ("pythonClassName", "python_class_name", "type"):
+                name = value.get(key, _FEATURES)
+                if isinstance(name, str) and not name.startswith(_FEATURES):
+                    raise ValueError(f"features.json names the class {name!r}, none of TFDS's own")
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
+        elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # as TFDS did once
+            with contextlib.suppress(ValueError):
+                values.append(json.loads(value))
+
+
+def _refuse_damaged_shards(folder: Any, shards: Sequence[Any]) -> None:
+    """Raises ValueError for a shard that is missing, or not as long as `tokenize` wrote it."""
+    for shard in map(tfds.core.Path, shards):
+        number = shard.name.rpartition("-of-")[0].rpartition("-")[2]
+        described = folder / f"shard-{number}.json"  # only token records have those
+        whole = shard.exists()
+        if whole and described.exists():
+            written = json.loads(described.read_text())
+            whole = isinstance(written, dict) and written.get("bytes") == shard.stat().length
+        if not whole:
+            raise ValueError(f"{shard.name} is missing or damaged: tokenize mends token records")
 
 
 def shipped(name: str) -> type[tfds.core.GeneratorBasedBuilder] | None:

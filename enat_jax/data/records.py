@@ -1,13 +1,14 @@
 """Token records on disk: a TFDS data set written shard by shard, so that a killed run goes on."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
 import shutil
-import socket
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Int, UInt16
 
 from enat_jax.errors import UserError, differences
-from enat_jax.files import atomic, fsync, read_json
+from enat_jax.files import PARTIAL, atomic, fsync, read_json
 
+_CHUNK = 1 << 22  # bytes read at once
 _VERSION, _SPLIT = "1.0.0", "train"
 _PLAN, _LAST = "plan.json", "dataset_info.json"  # the first and the last file of a data set
-_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class RecordFolder:
     """The folder of one data set while its shards are written, by one process or several.
 
     Every file is atomic. A shard is followed by its description (`shard-00003.json`: records,
-    bytes, images skipped and why), and only what has a description counts; `dataset_info.json`
-    comes last of all. So whatever a killed run leaves is complete or not looked at, and the bytes
-    of a shard follow from the plan and the tokens alone.
+    bytes, their CRC-32, images skipped and why), and only a shard that is as described counts;
+    `dataset_info.json` comes last of all. So whatever a killed run or a bad disk leaves is complete
+    or written again, and the bytes of a shard follow from the plan and the tokens alone. Earlier
+    versions wrote no CRC-32: of theirs, only the length is known.
 
     Raises:
         UserError: an impossible name, or a folder that another plan was begun in: which values
@@ -83,6 +85,7 @@ class RecordFolder:
         self.plan = plan
         self.path = pathlib.Path(data_dir).expanduser() / plan.name / _VERSION
         length = plan.grid[0] * plan.grid[1]
+        self._verified: set[tuple[int, int]] = set()  # shards, and when they were written
         self._features = tfds.features.FeaturesDict(
             {
                 "tokens": tfds.features.Tensor(shape=(length,), dtype=np.uint16),
@@ -107,8 +110,9 @@ class RecordFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the data set is complete and described."""
-        return (self.path / _LAST).exists()
+        """Whether the data set is complete, described, and as it was written."""
+        described = all(self._read_json(name) for name in (_LAST, "features.json"))
+        return described and not self.missing()
 
     def missing(self) -> list[int]:
         """The shards still to be written, in order."""
@@ -128,7 +132,7 @@ class RecordFolder:
         skipped: Mapping[str, str],
     ) -> None:
         """Writes one shard; `skipped` are its images without records: name -> reason."""
-        with atomic(self._shard(shard), partial=_partial()) as part:
+        with atomic(self._shard(shard)) as part:
             try:
                 # TFDS's own choice: each record can be read alone.
                 writer = ArrayRecordWriter(str(part), "group_size:1")
@@ -137,8 +141,8 @@ class RecordFolder:
                 writer.close()
             except RuntimeError as error:
                 raise OSError(f"cannot write {part}: {error}") from error
-            size = part.stat().st_size
-        described = {"records": len(tokens), "bytes": size, "skipped": dict(skipped)}
+            size, crc = part.stat().st_size, _crc(part)
+        described = {"records": len(tokens), "bytes": size, "crc32": crc, "skipped": dict(skipped)}
         self._write_json(_description(shard), described)
 
     def finish(self) -> int:
@@ -181,12 +185,12 @@ class RecordFolder:
         size = sum(shard["bytes"] for shard in shards)
         split = tfds.core.SplitInfo(name=_SPLIT, shard_lengths=lengths, num_bytes=size)
         info.set_splits(tfds.core.SplitDict([split]))
-        with tempfile.TemporaryDirectory(dir=self.path, prefix=_PARTIAL) as folder:
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=PARTIAL) as folder:
             info.write_to_directory(folder)
             for file in sorted(pathlib.Path(folder).iterdir(), key=lambda file: file.name == _LAST):
                 fsync(file)
                 file.replace(self.path / file.name)
-        for left in self.path.glob(f"{_PARTIAL}*"):  # by runs that were killed
+        for left in self.path.glob(f"{PARTIAL}*"):  # by runs that were killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         return sum(lengths)
 
@@ -197,8 +201,16 @@ class RecordFolder:
     def _described(self, shard: int) -> dict[str, Any] | None:
         """A shard's description; None where the shard is not complete."""
         described, file = self._read_json(_description(shard)), self._shard(shard)
-        there = described and file.exists() and file.stat().st_size == described["bytes"]
-        return described if there else None
+        if not (described and {"records", "bytes", "skipped"} <= described.keys()):
+            return None
+        if not (file.is_file() and file.stat().st_size == described["bytes"]):
+            return None
+        verified = (shard, file.stat().st_mtime_ns)
+        if verified not in self._verified and "crc32" in described:
+            if _crc(file) != described["crc32"]:
+                return None
+            self._verified.add(verified)
+        return described
 
     def _serialize(self, record: dict[str, Any]) -> bytes:
         # TFDS's serializer leaves the order of the fields open; that of their names is always one.
@@ -209,21 +221,21 @@ class RecordFolder:
         path = self.path / name
         try:
             content = read_json(path) if path.exists() else None
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
-        if not isinstance(content, dict | None):
-            raise UserError(f"{path}: holds no fields")
-        return content
+        except ValueError:  # corrupt, as if it were not there
+            return None
+        return content if isinstance(content, dict) else None
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        with atomic(self.path / name, partial=_partial()) as part:
+        with atomic(self.path / name) as part:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _crc(path: pathlib.Path) -> int:
+    with open(path, "rb") as file:
+        return functools.reduce(
+            lambda crc, chunk: zlib.crc32(chunk, crc), iter(lambda: file.read(_CHUNK), b""), 0
+        )
 
 
 def _description(shard: int) -> str:
     return f"shard-{shard:05d}.json"
-
-
-def _partial() -> str:
-    """A name that no other process writes to meanwhile."""
-    return f"{_PARTIAL}{socket.gethostname()}-{os.getpid()}"

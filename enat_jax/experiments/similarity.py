@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from enat_jax.core.generate import Layout, TracedStrategy, generate, image_noise
 from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.errors import UserError
-from enat_jax.files import Path, write_arrays, write_json
+from enat_jax.files import Path, atomic, write_arrays, write_json
 from enat_jax.sampling.program import GenerationProgram
 from enat_jax.sampling.sampler import Restored, Sampler
 
@@ -209,7 +210,8 @@ def draw(
     axes.set(xlabel="adjacent steps", ylabel="cosine similarity, mean")
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=110)
+    with atomic(path) as part:
+        figure.savefig(part, format=os.path.splitext(path)[1][1:], dpi=110)
 
 
 def _compare(

@@ -78,7 +78,8 @@ def apply_rules(
         unused: which tensors of the file the network never reads.
 
     Raises:
-        UserError: tensors missing, extra or misshapen, or parameters no rule fills; all named.
+        UserError: tensors missing, extra, misshapen, not finite or not of floats, or parameters
+            that no rule fills; all named.
     """
     leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
     if unruled := sorted(set(leaves) ^ {rule.target for rule in rules}):
@@ -86,17 +87,25 @@ def apply_rules(
     read = {name for rule in rules for name in rule.names}
     missing = sorted(read - set(weights))
     extra = sorted(name for name in set(weights) - read if not unused(name))
-    misshapen, arrays = [], {}
+    misshapen, unfit, arrays = [], [], {}
     for rule in rules:
         path, leaf = leaves[rule.target]
         shape = leaf.shape if isinstance(rule.source, str) else leaf.shape[1:]
         parts = {name: rule.transform(weights[name]) for name in rule.names if name in weights}
         wrong = [name for name, part in parts.items() if part.shape != shape]
         misshapen += [f"{name} {weights[name].shape} for {rule.target} {shape}" for name in wrong]
+        for name, part in parts.items():
+            if part.dtype.kind in "iub":
+                unfit.append(f"{name} of {part.dtype}")
+                continue
+            with np.errstate(over="ignore"):  # of float64
+                if not np.isfinite(part.astype(leaf.dtype)).all():
+                    unfit.append(name)
         if not wrong and len(parts) == len(rule.names):
             value = np.stack(list(parts.values())).reshape(leaf.shape).astype(leaf.dtype)
             arrays[path] = leaf.replace(jnp.asarray(value))
     problems = {"missing": missing, "extra": extra, "misshapen": misshapen}
+    problems["not finite or no floats"] = unfit
     if any(problems.values()):
         named = (f"{len(n)} {what}: {', '.join(n)}" for what, n in problems.items() if n)
         raise UserError(f"the weights do not fit the network: {'; '.join(named)}")

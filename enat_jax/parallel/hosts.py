@@ -171,20 +171,25 @@ def require_agreement(fields: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def listen() -> Iterator[None]:
-    """Keeps SIGTERM from ending this process: within, `preempted` tells of it.
+    """Keeps SIGTERM from ending this process, and Ctrl-C once: within, `preempted` tells of both.
 
-    Where there are several processes JAX listens already.
+    Where there are several processes JAX listens to SIGTERM already.
     """
-    if several():
-        yield
-        return
-
     _SIGNALS.clear()
-    before = signal.signal(signal.SIGTERM, lambda number, _: _SIGNALS.append(number))
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second ends it, wherever it is
+        os.write(2, b"interrupted: saves and ends; Ctrl-C once more ends at once\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, interrupt)}
+    if not several():
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda n, _: _SIGNALS.append(n))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def preempted(step: int) -> bool:

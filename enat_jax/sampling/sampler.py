@@ -1,5 +1,7 @@
 """From a checkpoint to pictures: what `enat_jax.load` returns."""
 
+import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +15,9 @@ from jaxtyping import Int, UInt8
 
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_tokenizer
-from enat_jax.config import Config, config_from_dict
+from enat_jax.config import MAY_DIFFER, Config, config_from_dict
 from enat_jax.core.generate import Layout, TracedStrategy
-from enat_jax.errors import UserError
+from enat_jax.errors import UserError, differences
 from enat_jax.models.flops import generation_flops, padding
 from enat_jax.models.networks import abstract_params
 from enat_jax.parallel.hosts import all_gather
@@ -179,6 +181,7 @@ def restore(
         raise CheckpointError(f"{folder} holds no checkpoint of an image generator")
     # where it was trained does not say where it is used: the default mesh, unless overridden
     config = overrides({**metadata["config"], "mesh": {}})
+    _refuse_another_network(metadata["config"], config, folder)
     placement = Placement(mesh, config.mesh.placement) if mesh else Placement.of(config.mesh)
     target = placement.params(abstract_params(config.model)[1])
     found = checkpoints.restore({"ema": target}, step=step, warn=warn)
@@ -190,6 +193,20 @@ def restore(
         class_names=metadata.get("class_names"),
         tokenizer_digest=metadata.get("tokenizer_digest", ""),
     )
+
+
+def _refuse_another_network(saved: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
+    """Refuses overrides that make another network, be it one of the same shapes."""
+    sections, own = ("model", "tokenizer"), config_from_dict({**saved, "mesh": {}})
+    here, there = (
+        {s: {k: v for k, v in dataclasses.asdict(getattr(each, s)).items() if k not in MAY_DIFFER}
+         for s in sections}
+        for each in (config, own)
+    )  # fmt: skip
+    if "none" in (config.tokenizer.name, own.tokenizer.name):  # token ids alone; converted weights
+        here["tokenizer"]["name"] = there["tokenizer"]["name"]
+    if phrases := differences(json.loads(json.dumps(there)), here):
+        raise CheckpointError(f"{folder} is of another model: {phrases}")
 
 
 def sampler_of(restored: Restored, *, mesh: Mesh | None = None, layers: Layers = "auto") -> Sampler:
@@ -236,7 +253,8 @@ def load(
 
     Raises:
         CheckpointError: no readable checkpoint there, or one of another model, or the tokenizer
-            is not the one whose tokens the model was trained on.
+            is not the one whose tokens the model was trained on, or overrides that make another
+            network.
     """
     restored = restore(path, step=step, overrides=overrides, mesh=mesh, warn=warn)
     return sampler_of(restored, mesh=mesh, layers=layers)

@@ -12,7 +12,7 @@ import numpy as np
 import tensorboardX
 from jaxtyping import UInt8
 
-from enat_jax.files import atomic
+from enat_jax.files import atomic, naming
 
 _FLUSH_SECONDS = 10  # how far TensorBoard's files may lag behind; they lose this much to a kill
 
@@ -27,7 +27,7 @@ class MetricLog:
     def __init__(self, workdir: str | os.PathLike, *, start_step: int = 0):
         directory = pathlib.Path(workdir)
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
+        self._path = path = directory / "metrics.jsonl"
         _keep_up_to(path, start_step)
         # Line-buffered: a killed process loses at most the line it was writing.
         self._lines = path.open("a", buffering=1, encoding="utf-8")
@@ -43,7 +43,8 @@ class MetricLog:
         now = time.time()
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._lines.write(json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n")
+        with naming(self._path):
+            self._lines.write(json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n")
         for name, value in numbers.items():
             self._events.add_scalar(name, value, step, walltime=now)
 

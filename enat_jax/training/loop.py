@@ -28,7 +28,8 @@ def training_loop(
     """Takes the steps that are left, and leaves a checkpoint of the last.
 
     Told to stop, by SIGTERM to any of its processes, the run saves a checkpoint of the step that
-    it is at, and returns.
+    it is at, and returns. Nothing is saved while the last step was not finite: the next that is
+    makes up for it.
 
     Args:
         programs: what is trained; the section `train` of its config says how long, and what
@@ -38,7 +39,8 @@ def training_loop(
         data: what they are, for the user.
 
     Raises:
-        UserError: too many steps in a row that are not finite; or as `Workdir.resume`.
+        UserError: too many steps in a row that are not finite, or the last one; or as
+            `Workdir.resume`.
     """
     cfg, placement, log = programs.config.train, programs.placement, workdir.log
     state, start, images = workdir.resume(programs)
@@ -54,7 +56,7 @@ def training_loop(
     workdir.begin(start, params)
     stream = batches(Share(cfg.batch_size, placement.own_rows(cfg.batch_size), images))
     key = placement.put(jax.random.key(cfg.seed))
-    meter, done = Meter(cfg.max_bad_steps, log), start
+    meter, done, due = Meter(cfg.max_bad_steps, log), start, False
     quiet = None if hosts.is_primary() else True  # None: where there is no terminal
     with tqdm(
         total=cfg.steps, initial=start, unit="step", disable=quiet, dynamic_ncols=True
@@ -85,13 +87,16 @@ def training_loop(
                 with meter.measure("show"):
                     if shown := programs.show(state):
                         workdir.show(done, *shown)
-            if done % cfg.checkpoint_every == 0 or last:
-                meter.check()
+            due = due or last or done % cfg.checkpoint_every == 0
+            if due and meter.check():
                 with meter.measure("checkpoint"):
                     workdir.save(done, state, images)
+                due = False
             if stopping:
                 break
         workdir.checkpoints.wait()
+    if due:
+        raise UserError(f"step {done}, the last, was not finite: it is not saved")
     where = workdir.path / CHECKPOINTS
     if done < cfg.steps:
         log(f"told to stop: step {done} of {cfg.steps} is saved in {where}; the same command goes"
@@ -132,26 +137,29 @@ class Meter:
         self._metrics.append(metrics)
         self._unread = step, metrics
 
-    def check(self) -> None:
-        """Reads the last step's metrics, if they were not read yet.
+    def check(self) -> bool:
+        """Reads the last step's metrics, if they were not read yet; whether the step was applied.
 
         Raises:
             UserError: too many steps in a row were not finite.
         """
         if self._unread is None:
-            return
+            return not self._skipped
         (step, metrics), self._unread = self._unread, None
         if not float(metrics["skipped"]):
             self._skipped = 0
-            return
+            return True
         self._skipped += 1
-        what = f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
+        values = float(metrics["loss"]), float(metrics["grad_norm"])
+        what = "loss {}, gradient norm {}".format(*values)
+        what += ", weights that are not finite" if np.isfinite(values).all() else ""
         if self._skipped >= self._limit:
             raise UserError(
                 f"step {step}: {what}: the last {self._skipped} steps were not finite and not"
                 f" applied; train.max_bad_steps = {self._limit}"
             )
         self._log(f"step {step} was not applied: {what}")
+        return False
 
     def entry(self, images_per_step: int) -> dict[str, float]:
         """Means of the applied steps' metrics, how many were `skipped`, speed and peak memory.

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from enat_jax.config import OptimConfig
 
@@ -38,17 +38,21 @@ def make_optimizer(
     return adamw
 
 
-def skip_unless_finite(before: State, after: State, *values: Array) -> tuple[State, Array]:
+def skip_unless_finite(before: State, after: State, *values: PyTree) -> tuple[State, Array]:
     """A step that is not applied where a value is infinite or not a number; it still counts.
 
+    With losses, gradient norms and new weights all of the state is finite: the EMA is a mean of
+    weights, and the moments are means of gradients and of their squares, whose sum is in the norm.
+    To judge those as well would keep a second copy of them until the last is known.
+
     Args:
-        before: a state with a `step`.
+        before: a state with a `step`, finite.
         after: the state after the step.
-        values: losses and gradient norms.
+        values: losses, gradient norms, and all new weights.
 
     Returns:
         The state, and 1.0 where the step was skipped, else 0.0.
     """
-    finite = jnp.all(jnp.isfinite(jnp.stack(values)))
+    finite = jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(values)]))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
     return kept._replace(step=after.step), 1.0 - finite.astype(jnp.float32)

@@ -164,7 +164,7 @@ def training_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step; jit it with everything after `key` fixed.
 
-    A step whose loss or gradient is not finite changes nothing but the count of steps.
+    A step whose loss, gradient or weights are not finite changes nothing but the count of steps.
 
     Args:
         state: before the step.
@@ -241,5 +241,5 @@ def training_step(
     ema: Any = optax.incremental_update(params, cast(Any, state.ema), 1 - ema_decay)
     after = TrainState(state.step + 1, params, ema, opt_state)
     norm = optax.tree.norm(grads)
-    after, skipped = skip_unless_finite(state, after, loss, norm)
+    after, skipped = skip_unless_finite(state, after, loss, norm, params)
     return after, {"loss": loss, "grad_norm": norm, "skipped": skipped}

@@ -138,7 +138,8 @@ def codebook_from_images(
     model = nnx.merge(graphdef, state.params)
     latents = model.encoder(images / jnp.float32(255)).astype(jnp.float32)
     codebook = initial_codebook(latents, model.cfg.codebook_size, jax.random.fold_in(key, 0))
-    return _with_codebook(state, lambda _: codebook)
+    finite = jnp.isfinite(codebook).all()  # else the step that follows is not, and is not applied
+    return _with_codebook(state, lambda old: jnp.where(finite, codebook, old))
 
 
 def tokenizer_step(
@@ -158,7 +159,8 @@ def tokenizer_step(
 ) -> tuple[TokenizerState, dict[str, Float[Array, ""]]]:
     """One optimiser step on a batch; jit it with everything after `lpips` static.
 
-    A step whose losses or gradient are not finite changes nothing but the count of steps.
+    A step whose losses, gradients or weights are not finite changes nothing but the count of
+    steps.
     The codebook learns by gradient, like the rest. The VQGAN is judged by the discriminator as it
     was before the step, and that learns from the same images.
 
@@ -199,16 +201,16 @@ def tokenizer_step(
     )
     ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
     after = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
-    metrics = {"loss": value, "grad_norm": norm}
+    metrics, finite = {"loss": value, "grad_norm": norm}, []
     if judge:
-        metrics["discriminator"], _, _, params, opt_state = descend(
+        metrics["discriminator"], _, judge_norm, params, opt_state = descend(
             discriminator_loss,
             state.discriminator,
             state.discriminator_opt_state,
             discriminator_optimizer,
         )
         after = after._replace(discriminator=params, discriminator_opt_state=opt_state)
-    finite = list(metrics.values())
+        finite = [metrics["discriminator"], judge_norm, params]
     metrics |= outcome.terms
     if quantised:
         idle, dead = find_idle(state.codes["idle"], outcome.token_ids, after=cfg.restart_after)
@@ -219,6 +221,7 @@ def tokenizer_step(
         after = after._replace(codes={"idle": idle})
         metrics["perplexity"] = perplexity(outcome.token_ids, len(idle))
         metrics["restarted_codes"] = jnp.sum(dead).astype(jnp.float32)
+    finite += [value, norm, after.params]
     after, metrics["skipped"] = skip_unless_finite(state, after, *finite)
     return after, metrics
 

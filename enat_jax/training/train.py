@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from enat_jax.checkpoints.tokenizer import load_tokenizer
-from enat_jax.config import Config
+from enat_jax.config import MAY_DIFFER, Config
 from enat_jax.data.batches import RecordInfo, record_info, training_batches
 from enat_jax.errors import UserError
 from enat_jax.files import Path
@@ -44,7 +44,7 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
             "records": info.num_records,
         },
         sections=("model", "tokenizer"),
-        may_differ=("attention", "remat", "dtype", "reproject", "weights"),
+        may_differ=MAY_DIFFER,
         log=log,
     )
     _check_records(config, info)

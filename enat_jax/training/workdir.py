@@ -17,7 +17,7 @@ from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS
 from enat_jax.data.pictures import write_png
 from enat_jax.errors import UserError, differences
-from enat_jax.files import write_text
+from enat_jax.files import lock, write_text
 from enat_jax.parallel import hosts
 from enat_jax.training.log import MetricLog
 from enat_jax.training.programs import Programs
@@ -40,7 +40,7 @@ class Workdir(contextlib.ExitStack):
 
     Raises:
         UserError: hosts that were started with different configs, data, workdirs or versions; or,
-            when entered, a folder that cannot be made.
+            when entered, a folder that cannot be made, or that another run works in.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class Workdir(contextlib.ExitStack):
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to workdir {self.path}: {error}") from error
+        held = self.enter_context(contextlib.ExitStack())
+        hosts.from_primary(lambda: held.enter_context(lock(self.path / "lock")))
         self.checkpoints = Checkpoints(self.path / CHECKPOINTS, keep=self._loop.keep)
         self.callback(self.checkpoints.close)
         self._trace = self.enter_context(contextlib.ExitStack())
@@ -94,10 +96,7 @@ class Workdir(contextlib.ExitStack):
             section: {k: v for k, v in config[section].items() if k not in self._may_differ}
             for section in self._sections
         }
-        there = {  # of fields that there are today: an earlier version may have had others
-            section: {k: v for k, v in saved.get(section, {}).items() if k in fields}
-            for section, fields in here.items()
-        }
+        there = _common(saved, here)
         if phrases := differences(there, here):
             raise CheckpointError(f"the workdir holds another model: {phrases}")
         if phrases := differences({name: position.get(name) for name in stream}, stream):
@@ -109,6 +108,8 @@ class Workdir(contextlib.ExitStack):
         assert restored is not None  # there are steps
         step, trees = restored
         self.log(f"resuming from step {step}")
+        if phrases := differences(_common(saved, config), _common(config, saved)):
+            self.log(f"differs from the run so far: {phrases}")
         images = self.checkpoints.metadata(step)["position"]["images"]
         state = programs.abstract._replace(step=programs.placement.put(np.int32(step)), **trees)
         return state, step, images
@@ -116,10 +117,16 @@ class Workdir(contextlib.ExitStack):
     def begin(self, step: int, params: Mapping[str, Any]) -> None:
         """From here on metrics are written, those after `step` anew, and SIGTERM is listened to.
 
-        A table of the parameters' names, shapes and shardings is `parameters.txt`.
+        Metrics of a run that starts anew do not go on in the log of another, which is set aside. A
+        table of the parameters' names, shapes and shardings is `parameters.txt`.
         """
         self.enter_context(hosts.listen())
         if hosts.is_primary():
+            log = self.path / "metrics.jsonl"
+            if not step and log.exists():
+                number = sum(1 for _ in self.path.glob("metrics.*.jsonl")) + 1
+                log.rename(aside := self.path / f"metrics.{number}.jsonl")
+                self.log(f"no checkpoint: starts anew; the log so far is now {aside}")
             self._metrics = MetricLog(self.path, start_step=step)
             self.callback(self._metrics.close)
             table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
@@ -164,6 +171,15 @@ class Workdir(contextlib.ExitStack):
         self.checkpoints.save(
             step, _trees(state), metadata={**self._metadata, "position": position}
         )
+
+
+def _common(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fields that another config has, too: one of another version may have others."""
+    return {
+        section: {k: v for k, v in config[section].items() if k in fields}
+        for section, fields in other.items()
+        if section in config
+    }
 
 
 def _trees(state: Any) -> dict[str, PyTree]:

@@ -335,6 +335,16 @@ class TestReading:
             path.write_bytes(content[:index] + bytes([byte ^ 1]) + content[index + 1 :])
             assert "digests.0-of-1.json is corrupt" in digests.find_corruption(path.parent, ())
 
+    def test_values_that_are_not_finite_are_passed_over(self, copy, tmp_path):
+        with contextlib.closing(Checkpoints(copy)) as checkpoints:
+            trees = make_trees(9)
+            trees["ema"]["bias"] = trees["ema"]["bias"].at[3].set(np.nan)
+            checkpoints.save(9, trees, metadata={"step": 9})
+            said = []
+            step, _ = checkpoints.restore(ABSTRACT, warn=said.append)
+            assert step < 9
+            assert said[0].endswith("9 (ema.bias is not finite)")
+
     def test_too_little_memory_is_no_corruption(self, directory, monkeypatch):
         def load(*_, **__):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 1 bytes")

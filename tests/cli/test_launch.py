@@ -123,6 +123,26 @@ class TestLocalMultiprocess:
         assert (code, out) == (2, [])
         assert line.startswith("usage: ")
 
+    def test_when_it_is_killed_its_processes_end(self, stub, tmp_path):
+        path = stub("enat", f"echo $$ >> {tmp_path}/pids; exec sleep 60")
+        command = [LAUNCH / "local_multiprocess.sh", "2", "enat"]
+        environ = {**os.environ, "PATH": path, "GRACE": "1"}
+
+        def ids():
+            file = tmp_path / "pids"
+            return list(map(int, file.read_text().split())) if file.exists() else []
+
+        with subprocess.Popen(command, env=environ) as launcher:
+            while len(ids()) < 2:
+                time.sleep(0.05)
+            launcher.kill()
+        for _ in range(100):
+            there = [pid for pid in ids() if pathlib.Path(f"/proc/{pid}").exists()]
+            if not there:
+                break
+            time.sleep(0.1)
+        assert there == []
+
     def test_processes_of_the_command_line_meet_and_end_together(self):
         command = [sys.executable, "-m", "enat_jax", "train", "--config=nowhere.py"]
         code, out, err = run(LAUNCH / "local_multiprocess.sh", 2, *command, "--workdir=nowhere")

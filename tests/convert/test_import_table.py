@@ -141,6 +141,16 @@ class TestPublishedLayouts:
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"float32"}
         case.model(**{source: None for source in case.weights if case.never_read(source)})
 
+    def test_what_is_no_float_or_not_finite_is_named(self, name):
+        case = imports.recorded(name)
+        names = [source for rule in case.rules for source in rule.names][:3]
+        nan, whole, yes = (case.weights[source].copy() for source in names)
+        nan.reshape(-1)[0] = np.nan
+        with pytest.raises(UserError) as caught:
+            case.model(**dict(zip(names, (nan, whole.astype(np.int32), yes > 0), strict=True)))
+        message = "network: {} not finite or no floats: {}, {} of int32, {} of bool"
+        assert message.format(3, *names) in str(caught.value)
+
     def test_what_is_missing_extra_or_misshapen_is_named_at_once(self, name):
         case = imports.recorded(name)
         read = [source for rule in case.rules for source in rule.names]

@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from enat_jax.data import images
 from enat_jax.data.images import (
     ImageConfig,
     UnreadableImage,
@@ -193,6 +194,22 @@ def greys(top, kind):
 
 
 class TestUnreadableImages:
+    def test_what_is_no_regular_file_or_too_long_or_of_another_format_is_named(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(images, "_MAX_BYTES", 4000)
+        script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+        fill(tmp_path, {"a/1.png": script, "a/2.png": bytes(5000)})
+        os.mkfifo(tmp_path / "a/3.png")
+        (tmp_path / "a/4.png").symlink_to("/dev/zero")
+        source = open_images(ImageConfig(folder=str(tmp_path)))
+        for index, reason in enumerate(
+            ["not an image in a known format", "more than 4000 bytes",
+             "not a regular file", "not a regular file"]
+        ):  # fmt: skip
+            with pytest.raises(UnreadableImage, match=f"^a/{index + 1}.png: {reason}$"):
+                source.read(index, 4)
+
     @pytest.mark.parametrize(
         ("data", "reason"),
         [

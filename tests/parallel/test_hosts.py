@@ -137,6 +137,19 @@ class TestAlone:
         with hosts.listen():
             assert not hosts.preempted(0)
 
+    def test_a_second_ctrl_c_ends_at_once(self):
+        code = """if True:
+            import os, signal
+            from enat_jax.parallel import hosts
+            with hosts.listen():
+                os.kill(os.getpid(), signal.SIGINT)
+                assert hosts.preempted(0)
+                os.kill(os.getpid(), signal.SIGINT)
+                print("still here", flush=True)
+        """
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        assert (ran.returncode, ran.stdout) == (-signal.SIGINT, b"")
+
     def test_an_end_is_a_line_and_an_exit_code(self, capsys):
         assert hosts.end("enat train: no such thing", 3) == 3
         assert capsys.readouterr().err == "enat train: no such thing\n"

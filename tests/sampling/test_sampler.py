@@ -193,12 +193,13 @@ class TestLoading:
         assert fewer.describe().startswith("3 steps")
 
     def test_an_override_that_makes_it_another_model_is_refused(self, trained):
-        with pytest.raises(
-            CheckpointError, match=r"class_embedding = \[12, 16\], there \[11, 16\]"
+        for override, differs in (
+            ("model.num_classes=11", "model.num_classes = 11, there 10"),
+            ("model.num_heads=4", "model.num_heads = 4, there 2"),  # of the same shapes
+            ("tokenizer.grid=(4,16)", r"tokenizer.grid = \[4, 16\], there \[8, 8\]"),
         ):
-            enat_jax.load(
-                trained, overrides=lambda f: config_from_dict(f, ["model.num_classes=11"])
-            )
+            with pytest.raises(CheckpointError, match=f"is of another model: {differs}$"):
+                enat_jax.load(trained, overrides=lambda f, o=override: config_from_dict(f, [o]))
         with pytest.raises(UserError, match=r"model\.width = 17"):
             enat_jax.load(trained, overrides=lambda f: config_from_dict(f, ["model.width=17"]))
 

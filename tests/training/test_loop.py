@@ -122,9 +122,30 @@ def test_a_finished_run_goes_on_to_more_steps_and_the_last_is_always_logged_and_
     finished, tmp_path
 ):
     workdir = shutil.copytree(finished, tmp_path / "run")
-    run(workdir, steps=9, log_every=4, checkpoint_every=4)
+    lines = []
+    run(workdir, steps=9, log_every=4, checkpoint_every=4, log=lines)
+    assert lines[1] == (
+        "differs from the run so far: train.steps = 9, there 6; train.log_every = 4, there 2;"
+        " train.checkpoint_every = 4, there 3"
+    )
     assert [entry["step"] for entry in entries(workdir)] == [2, 4, 6, 8, 9]
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [6, 8, 9]
+
+
+def test_the_log_of_a_run_without_checkpoints_is_set_aside(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    for number in (1, 2):
+        shutil.rmtree(workdir / "checkpoints")
+        run(workdir)
+        aside = (workdir / f"metrics.{number}.jsonl").read_text()
+    assert (workdir / "metrics.1.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    assert aside != (workdir / "metrics.jsonl").read_text()
+
+
+def test_a_workdir_is_one_runs_at_a_time(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} is in use by process {os.getpid()} on"):
+        run(tmp_path, at={2: lambda: run(tmp_path)})
+    assert not (tmp_path / "lock").exists()
 
 
 def test_pictures_and_scores_are_shown_every_so_often_and_at_the_end(tmp_path):
@@ -138,15 +159,16 @@ def test_pictures_and_scores_are_shown_every_so_often_and_at_the_end(tmp_path):
         np.testing.assert_array_equal(picture, np.full((3, 5, 3), 2))
 
 
-def test_told_to_stop_a_run_saves_the_step_it_is_at_and_returns(tmp_path):
-    lines, before = [], signal.getsignal(signal.SIGTERM)
-    stop = {4: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_a_run_saves_the_step_it_is_at_and_returns(tmp_path, number):
+    lines, before = [], signal.getsignal(number)
+    stop = {4: lambda: os.kill(os.getpid(), number)}
     run(tmp_path, at=stop, sample_every=5, log=lines)
     assert lines[-1] == (
         f"told to stop: step 4 of 6 is saved in {tmp_path / 'checkpoints'}; the same command"
         " goes on from there"
     )
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     assert saved(tmp_path)[1]["images"] == 16
     assert not (tmp_path / "samples").exists()  # no pictures on the way out
 
@@ -169,6 +191,14 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path, bad, limit, at):
         f"step {at}: loss nan, gradient norm 1.0: the last {limit} steps were not finite and not"
         f" applied; train.max_bad_steps = {limit}"
     )
+
+
+def test_nothing_is_saved_while_the_last_step_was_not_finite(tmp_path):
+    run(tmp_path / "a", bad=(3,), steps=5)
+    assert sorted(int(path.name) for path in (tmp_path / "a/checkpoints").iterdir()) == [4, 5]
+    with pytest.raises(UserError, match="step 6, the last, was not finite: it is not saved"):
+        run(tmp_path / "b", bad=(5, 6))
+    assert [path.name for path in (tmp_path / "b/checkpoints").iterdir()] == ["3"]
 
 
 @pytest.mark.parametrize("steps", [(2, 3), (5, 9)])  # the run may end before the trace

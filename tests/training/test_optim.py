@@ -75,12 +75,13 @@ class State(NamedTuple):
 
 @pytest.mark.parametrize(
     ("values", "skipped"),
-    [((1.0, 2.0), 0), ((np.nan, 2.0), 1), ((1.0, np.inf), 1), ((-np.inf, 1.0), 1)],
-)
+    [((1.0, 2.0), 0), ((np.nan, 2.0), 1), ((1.0, np.inf), 1), ((-np.inf, 1.0), 1),
+     ((1.0, {"w": [2.0, np.nan]}), 1)],
+)  # fmt: skip
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count_of_steps(values, skipped):
     before = State(jnp.int32(4), {"w": jnp.arange(3.0)}, jnp.int32(7))
     after = State(jnp.int32(5), {"w": jnp.array([1.0, np.nan, 2.0])}, jnp.int32(8))
-    state, flag = skip_unless_finite(before, after, *map(jnp.float32, values))
+    state, flag = skip_unless_finite(before, after, *jax.tree.map(jnp.float32, values))
     assert (flag, state.step) == (skipped, 5)
     kept = before if skipped else after
     np.testing.assert_array_equal(state.params["w"], kept.params["w"])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from enat_jax.__main__ import main
 from enat_jax.errors import UserError
 from enat_jax.parallel.accelerators import Accelerator
 from enat_jax.parallel.placement import MeshConfig, Placement
@@ -42,6 +43,15 @@ def test_every_entry_of_the_metrics_is_complete(trained, tiny_config):
     schedule = programs_of(tiny_config()).schedule
     rates = [entry["learning_rate"] for entry in entries(trained)]
     assert rates == [float(schedule(1)), float(schedule(3))]
+
+
+def test_weights_that_would_not_be_finite_are_not_taken(trained, tiny_overrides, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    flags = ["--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
+    fields = [*tiny_overrides, "train.steps=9", "train.max_bad_steps=3", "optim.epsilon=0"]
+    assert main(["train", *flags, *(f"--config.{field}" for field in fields)]) == 1
+    assert "the last 3 steps were not finite" in capsys.readouterr().err
+    assert_same(saved(tmp_path / "run"), saved(trained))
 
 
 def test_there_is_a_sample_grid_of_every_class(trained):

@@ -1,5 +1,6 @@
 """The Pareto plot of an ablation: a score against FLOPs and against time."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from enat_jax.files import Path
+from enat_jax.files import Path, atomic
 
 _NAMES = 30  # in a column of the legend
 
@@ -59,4 +60,5 @@ def draw_pareto(path: Path, points: Sequence[Mapping[str, Any]], score: str) -> 
     marks, names = panels[0].get_legend_handles_labels()
     columns = 1 + len(points) // _NAMES
     figure.legend(marks, names, loc="outside right upper", frameon=False, fontsize=8, ncols=columns)
-    figure.savefig(path)
+    with atomic(path) as part:
+        figure.savefig(part, format=os.path.splitext(path)[1][1:])
