@@ -36,12 +36,13 @@ def whole_numbers(args: flags.FlagValues, name: str) -> list[int]:
     """
     from enat_jax.config_file import beyond
 
+    texts: list[str] = args[name].value or []
     try:
-        numbers = [int(text) for text in args[name].value]
+        numbers = [int(text) for text in texts]
         if wrong := [number for number in numbers if beyond(number)]:
             raise ValueError(f"{wrong[0]} must be {beyond(wrong[0])}")
     except ValueError as error:
-        raise UserError(f"--{name}={','.join(args[name].value)}: {error}") from error
+        raise UserError(f"--{name}={','.join(texts)}: {error}") from error
     return numbers
 
 

@@ -101,7 +101,7 @@ class SelfCrossAttention(nnx.Module):
         out = []
         queries = self._images(self.query(own), [segments.own])
         if segments.valid is not None and len(queries) > 1:
-            return self._join(self._attend_padded(queries, *read, segments.valid))
+            return self._join(self._attend_padded(queries, read[0], read[1], segments.valid))
         for image, (q, k, v) in enumerate(zip(queries, *read, strict=True)):
             if q and k:
                 k, v = jnp.concatenate(k, axis=1), jnp.concatenate(v, axis=1)
