@@ -337,13 +337,13 @@ class TestReading:
 
     def test_values_that_are_not_finite_are_passed_over(self, copy, tmp_path):
         with contextlib.closing(Checkpoints(copy)) as checkpoints:
-            trees = make_trees(9)
+            trees = make_trees(29)
             trees["ema"]["bias"] = trees["ema"]["bias"].at[3].set(np.nan)
-            checkpoints.save(9, trees, metadata={"step": 9})
+            checkpoints.save(29, trees, metadata={"step": 29})
             said = []
             step, _ = checkpoints.restore(ABSTRACT, warn=said.append)
-            assert step < 9
-            assert said[0].endswith("9 (ema.bias is not finite)")
+            assert step == 20
+            assert said[0].endswith("29 (ema.bias is not finite)")
 
     def test_too_little_memory_is_no_corruption(self, directory, monkeypatch):
         def load(*_, **__):

@@ -95,7 +95,7 @@ def test_what_is_not_there_is_refused(data_dir, fields, message, monkeypatch):
         ({"codebook_size": 9}, r"a record has tokens = 9, must lie in \[0, 9\)"),
         ({"num_classes": 1}, r"a record has label = 1, must lie in \[0, 1\)"),
         ({"grid": [2, 2]}, r"records of \[6\] tokens, the grid 2 x 2 has 4"),
-        (None, "a file is missing or corrupt"),
+        (None, "array_record-00001-of-00003 is missing or damaged"),
     ],
 )
 def test_records_that_contradict_their_metadata_are_refused(tmp_path, cache, metadata, message):
