@@ -34,9 +34,10 @@ def test_it_prints_and_writes_json_of_sampling_and_training(
     assert result["parameters"] == 15906
     train, one, two = result["cases"]
     assert len(err.splitlines()) == 3  # a line per case
-    assert set(train) == BENCH_KEYS | {"remat", "programs", "steps_per_second"}
+    assert set(train) == BENCH_KEYS | {"remat", "programs", "padding", "steps_per_second"}
     assert set(one) == BENCH_KEYS | {"steps", "bodies", "padding"}
     assert (train["what"], train["batch_size"], train["programs"]) == ("train", 8, 2)
+    assert train["padding"] == 0
     assert (one["what"], one["batch_size"], one["steps"], one["padding"]) == ("sample", 1, 2, 0)
     assert two["batch_size"] == 2
     for case in result["cases"]:
