@@ -127,8 +127,8 @@ class TestRefusals:
             ({"steps": -3}, "steps is -3, must be at least 1"),
             ({"steps": 65}, "steps is 65, must be between 1 and 64 tokens"),
             ({"step": 4}, "step"),
-            ({"sampling_temperature": 0.0}, "sampling_temperature must be > 0"),
-            ({"guidance_scale": -1.0}, "guidance_scale must be >= 0"),
+            ({"sampling_temperature": 0.0}, "sampling_temperature must be within"),
+            ({"guidance_scale": -1.0}, "guidance_scale must be within"),
             ({"rule": "file", "file": "none.yaml"}, "strategy file none.yaml: .*No such file"),
         ],
     )
