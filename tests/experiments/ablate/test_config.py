@@ -20,7 +20,7 @@ def test_all_that_is_unknown_is_named_with_the_closest_at_once():
             "num_images": 1,
         })  # fmt: skip
     assert set(str(caught.value).removeprefix("config: ").split("; ")) == {
-        "num_images = 1 must be at least 2",
+        "num_images = 1 must be between 2 and 100000000",
         "grid.stratgy is nothing to compare (did you mean strategy?)",
         "grid.strategy.stps is nothing to compare (did you mean steps?)",
         "points.fast.sample.bath_size is nothing to compare (did you mean batch_size?)",
