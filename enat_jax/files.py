@@ -115,6 +115,22 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
+def read_bytes(path: Any, *, most: int) -> bytes:
+    """A regular file's bytes: no pipe's or device's, which may never end.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no regular file, or has more bytes than `most`.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("is no regular file")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"has more than {most} bytes")
+    return content
+
+
 def read_json(path: Any) -> Any:
     """Reads a `pathlib.Path` or alike of JSON that somebody else may have written.
 
@@ -122,14 +138,8 @@ def read_json(path: Any) -> Any:
         OSError: the file cannot be read.
         ValueError: no regular file or no JSON; or too long, nested too deep, a key twice.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError("is no regular file")
-    with path.open("rb") as file:
-        text = file.read(_MOST_BYTES + 1)
-    if len(text) > _MOST_BYTES:
-        raise ValueError(f"has more than {_MOST_BYTES} bytes")
     try:
-        content = json.loads(text, object_pairs_hook=_keys_once)
+        content = json.loads(read_bytes(path, most=_MOST_BYTES), object_pairs_hook=_keys_once)
     except RecursionError as error:
         raise ValueError(f"is nested deeper than {_MOST_DEPTH}") from error
     level = [content]

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from enat_jax.config import ImageConfig
 from enat_jax.data.prepared import open_prepared
 from enat_jax.errors import UserError, printable
+from enat_jax.files import read_bytes
 
 _SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -136,7 +137,7 @@ def _class_folders(folder: str) -> ImageSource:
         count=len(files),
         class_id=class_ids.__getitem__,
         describe=lambda index: printable(files[index]),
-        encoded=lambda index: _read(root / files[index]),
+        encoded=lambda index: read_bytes(root / files[index], most=_MAX_BYTES),
         ignored=ignored,
     )
 
@@ -239,17 +240,6 @@ def _resized(image: Image.Image, shorter: int, size: int) -> UInt8[np.ndarray, "
     if width * height > _MAX_PIXELS:
         raise ValueError(f"too narrow: {width} x {height} pixels where {size} x {size} are cropped")
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _read(path: pathlib.Path) -> bytes:
-    """A regular file's bytes: no pipe or device, which may never end."""
-    if not path.is_file() and path.exists():
-        raise ValueError("not a regular file")
-    with open(path, "rb") as file:
-        content = file.read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
-        raise ValueError(f"more than {_MAX_BYTES} bytes")
-    return content
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from enat_jax.errors import UserError
+from enat_jax.files import read_json
 
 _FEATURES = "tensorflow_datasets.core.features."
 
@@ -77,7 +78,7 @@ def open_prepared(
                 " wrote it, the same command goes on where it stopped"
             )
         try:
-            _refuse_foreign_classes((newest / "features.json").read_text())
+            _refuse_foreign_classes(read_json(newest / "features.json"))
             opened: Any = tfds.builder_from_directory(newest)
             if opened.info.splits[split].num_examples == 0:
                 raise ValueError("the split is empty")
@@ -90,12 +91,12 @@ def open_prepared(
     return Prepared(where, info.full_name, dict(info.metadata or {}), features, source)
 
 
-def _refuse_foreign_classes(features: str) -> None:
+def _refuse_foreign_classes(features: Any) -> None:
     """Raises ValueError unless TFDS has all the classes that a `features.json` names.
 
     TFDS imports the module of any other: a folder of data could run a program of its own.
     """
-    values = [json.loads(features)]
+    values = [features]
     while values:
         value = values.pop()
         if isinstance(value, dict):
@@ -118,7 +119,7 @@ def _refuse_damaged_shards(folder: Any, shards: Sequence[Any]) -> None:
         described = folder / f"shard-{number}.json"  # only token records have those
         whole = shard.exists()
         if whole and described.exists():
-            written = json.loads(described.read_text())
+            written = read_json(described)
             whole = isinstance(written, dict) and written.get("bytes") == shard.stat().length
         if not whole:
             raise ValueError(f"{shard.name} is missing or damaged: tokenize mends token records")

@@ -10,13 +10,13 @@ from jaxtyping import Array, Int, PyTree, Shaped
 
 from enat_jax.config import Config
 from enat_jax.core.generate import Layout, TracedStrategy, generate, image_noise, plan_generation
-from enat_jax.core.schedules import make_strategy
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
 from enat_jax.models.flops import step_flops
 from enat_jax.models.layers import cast_kernels
 from enat_jax.models.networks import abstract_params, make_network
 from enat_jax.parallel.placement import Placement
+from enat_jax.sampling.strategy_file import configured_strategy
 from enat_jax.tokenizers.protocol import Tokenizer, as_uint8
 
 Layers = Literal["auto", "stacked", "unstacked"]
@@ -89,7 +89,7 @@ class GenerationProgram:
         """
         try:
             changed = dataclasses.replace(self.config.strategy, **changes)
-            return make_strategy(changed, self.config.model.length)
+            return configured_strategy(changed, self.config.model.length)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
 

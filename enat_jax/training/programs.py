@@ -137,9 +137,8 @@ class TrainingPrograms(Programs):
         if cfg.strata == "fixed":
             plans = training_plans(model.length, **options)
             return tuple(tuple(Stratum(plan, np.array([plan])) for plan in row) for row in plans)
-        cost = functools.partial(training_flops, model)
         options["reuse_plans"] = cfg.reuse_plans
-        return training_strata(model.length, lambda plan: cost([plan]), **options)
+        return training_strata(model.length, lambda plan: training_flops(model, [plan]), **options)
 
     def _network(self, **placement: Placement) -> Any:
         cfg = self.config

@@ -34,13 +34,13 @@ class Draws(NamedTuple):
     Attributes:
         order: a permutation of positions per image.
         condition: the images' conditions, leaves `[b g ...]`, the null condition where dropped.
-        given: those of the moving average; the same by default.
+        ema_condition: those that the moving average sees; the same by default.
         plans: each image's plan, within the row's shapes; those shapes by default.
     """
 
     order: Int[Array, "b g l"]
     condition: PyTree
-    given: PyTree = None
+    ema_condition: PyTree = None
     plans: Int[Array, "b g 3"] | None = None
 
 
@@ -73,11 +73,11 @@ def make_draws(
 
         return jax.tree.map(keep, given, null_condition)
 
-    given = drop(condition, drop_key, dropout)
-    learnt = drop(given, jax.random.fold_in(drop_key, 1), further_dropout)
+    ema_condition = drop(condition, drop_key, dropout)
+    learnt = drop(ema_condition, jax.random.fold_in(drop_key, 1), further_dropout)
     is_fixed = all(len(stratum.plans) == 1 for stratum in row)
     plans = None if is_fixed else draw_plans(jax.random.fold_in(key, 2), row, images[0])
-    return Draws(order, learnt, given, plans)
+    return Draws(order, learnt, ema_condition, plans)
 
 
 def row_loss(
@@ -124,10 +124,11 @@ def row_loss(
         return jnp.concatenate(parts, axis=1)
 
     hidden = [plan.new + plan.masked for plan in shapes]
-    order, teacher = draws.order, draws.condition if draws.given is None else draws.given
+    order = draws.order
+    ema_condition = draws.condition if draws.ema_condition is None else draws.ema_condition
     earlier = Tokens(pack(in_order, 0, row.previous), pack(order, 0, row.previous),
                      pack(order, 1, hidden))  # fmt: skip
-    recalled = ema_model.recall(ema_model.embed_condition(teacher), earlier, row)
+    recalled = ema_model.recall(ema_model.embed_condition(ema_condition), earlier, row)
     now = Tokens(pack(in_order, 1, row.new), pack(order, 1, row.new), pack(order, 2, row.masked))
     features = model(
         model.embed_condition(draws.condition),

@@ -6,7 +6,7 @@ import pytest
 
 from enat_jax.__main__ import main
 from enat_jax.config import config_from_dict
-from enat_jax.core.schedules import StrategyConfig, make_strategy, write_strategy
+from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation import evaluate as job
 from enat_jax.evaluation import objective
@@ -14,6 +14,7 @@ from enat_jax.evaluation.evaluate import evaluate
 from enat_jax.evaluation.frechet import frechet_distance
 from enat_jax.evaluation.metric import Scorer
 from enat_jax.sampling.sampler import restore, sampler_of
+from enat_jax.sampling.strategy_file import write_strategy
 from tests.evaluation.test_inception_score import score as inception_score
 from tests.support.fake_inception import FakeInception, gaussian, reference, use_fake_inception
 from tests.support.on_hosts import on_two_hosts

@@ -261,12 +261,12 @@ def test_the_order_is_a_permutation_and_every_position_as_likely_anywhere():
 def test_classes_are_dropped_at_their_rate_and_kept_otherwise():
     classes = jnp.arange(20_000).reshape(-1, 4) % 10
     draws = drawn(jax.random.key(0), classes, 2, row=ROW * 2, dropout=0.15, further=0.1)
-    dropped, for_all = (np.asarray(x) == 10 for x in (draws.condition, draws.given))
+    dropped, for_all = (np.asarray(x) == 10 for x in (draws.condition, draws.ema_condition))
     for made, rate in ((for_all, 0.15), (dropped, 0.235)):
         assert abs(made.mean() - rate) < 4 * (rate * (1 - rate) / classes.size) ** 0.5
     assert np.all(dropped[for_all])  # what the moving average does not see the learner does not
     assert np.all((draws.condition == classes) | dropped)
-    assert np.all((draws.given == classes) | for_all)
+    assert np.all((draws.ema_condition == classes) | for_all)
 
 
 def test_two_steps_of_a_run_draw_differently(enat, batch):
@@ -286,5 +286,7 @@ def test_the_moving_average_reads_the_class_that_was_given(enat, batch):
     def loss(draws):
         return row_loss(enat, enat, tokens, draws, PLANS, label_smoothing=0.1)
 
-    same, other = (loss(draws._replace(given=given)) for given in (classes, 10 - 0 * classes))
+    same, other = (
+        loss(draws._replace(ema_condition=given)) for given in (classes, 10 - 0 * classes)
+    )
     assert loss(draws) == same != other

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Float
 
 from enat_jax.checkpoints.digests import weights_digest
-from enat_jax.core.schedules import read_strategy, write_strategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation.objective import make_objective
 from enat_jax.experiments.search.config import SearchConfig
@@ -23,6 +22,7 @@ from enat_jax.experiments.search.parameters import Parameters
 from enat_jax.experiments.table import Row, Table
 from enat_jax.files import Path, atomic
 from enat_jax.sampling.sampler import Restored, Sampler, sampler_of
+from enat_jax.sampling.strategy_file import read_strategy, write_strategy
 
 
 class Best(NamedTuple):

@@ -18,7 +18,7 @@ def test_the_default_is_the_published_search():
     ("override", "problem"),
     [
         ("steps=0", "steps = 0 must be at least 1"),
-        ("num_images=(1, 50)", "num_images[0] = 1 must be at least 2"),
+        ("num_images=(1, 50)", "num_images[0] = 1 must be between 2 and 100000000"),
         ("updates=(3,)", "num_images = (200, 400) and updates = (3,) must be of one length: an"
          " entry per phase"),
         ("optimiser=adam", "optimiser = 'adam' must be one of 'sgd', 'cma'"),

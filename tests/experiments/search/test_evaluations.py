@@ -4,13 +4,13 @@ import functools
 import numpy as np
 import pytest
 
-from enat_jax.core.schedules import write_strategy
 from enat_jax.evaluation.objective import ObjectiveConfig, make_objective
 from enat_jax.experiments.search.config import SearchConfig, SgdConfig
 from enat_jax.experiments.search.evaluations import Evaluations
 from enat_jax.experiments.search.optimisers import make_optimiser
 from enat_jax.experiments.search.parameters import Parameters
 from enat_jax.sampling.sampler import Sampler
+from enat_jax.sampling.strategy_file import write_strategy
 from tests.support.made_up import made_up
 from tests.support.on_hosts import on_devices
 

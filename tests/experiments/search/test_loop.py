@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import yaml
 
-from enat_jax.core.schedules import read_strategy
 from enat_jax.core.strategy import clipped_counts
 from enat_jax.errors import UserError
 from enat_jax.experiments.search import loop
 from enat_jax.experiments.search.parameters import Parameters
+from enat_jax.sampling.strategy_file import read_strategy
 from tests.support.made_up import made_up
 from tests.support.searches import CONFIG, KNOWN, Distance, idle, without_images
 

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from enat_jax.core.schedules import StrategyConfig, make_strategy, read_strategy, write_strategy
+from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.core.strategy import clipped_counts
 from enat_jax.experiments.search.parameters import Parameters
+from enat_jax.sampling.strategy_file import read_strategy, write_strategy
 
 
 def test_there_are_4t_minus_2_numbers_with_a_name_each():

@@ -4,13 +4,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from enat_jax.core.schedules import read_strategy
 from enat_jax.errors import UserError
 from enat_jax.evaluation.objective import ObjectiveConfig
 from enat_jax.experiments.search import loop, training
 from enat_jax.experiments.search.config import SearchConfig, TrainingSearchConfig
 from enat_jax.experiments.search.training import alternate, candidates
 from enat_jax.sampling.sampler import restore
+from enat_jax.sampling.strategy_file import read_strategy
 from tests.support.made_up import made_up
 from tests.support.searches import CONFIG, Distance, without_images
 

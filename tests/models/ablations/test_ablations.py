@@ -59,7 +59,7 @@ def test_one_shared_block_reads_all_tokens_but_the_blocked(name, of_visible, of_
 
 
 def test_blocked_attention_as_rows_of_what_a_token_reads():
-    rows = {name: np.asarray(readable(name, 2, 4)).astype(int).tolist()
+    rows = {name: np.asarray(readable(name, jnp.asarray(2), 4)).squeeze().astype(int).tolist()
             for name in VARIANTS if "_to_" in name}  # fmt: skip
     assert rows == {
         "masked_to_visible": [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]],
