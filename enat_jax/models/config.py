@@ -17,6 +17,10 @@ class TransformerConfig:
         codebook_size: number of discrete codes, also the mask token's id; 0 is read from the token
             records when training starts.
         num_classes: number of classes, also the null class's id; 0 is read likewise.
+        condition: what images are made from.
+        text_length: tokens of a caption.
+        text_width: features of each as its encoder gives them, or of a word in the table.
+        text_vocabulary: ids of the learned table of words; 0 reads an encoder's features.
         width: features per token.
         num_heads: attention heads; divides `width`.
         mlp_ratio: hidden width of the MLPs over `width`.
@@ -32,6 +36,10 @@ class TransformerConfig:
         default=1024, metadata={"at_least": 2, "below": 2**16, "or_zero": True}
     )
     num_classes: int = field(default=1000, metadata={"at_least": 0})
+    condition: Literal["class", "text"] = "class"
+    text_length: int = field(default=0, metadata={"at_least": 0})
+    text_width: int = field(default=0, metadata={"at_least": 0})
+    text_vocabulary: int = field(default=0, metadata={"at_least": 0})
     width: int = field(default=768, metadata={"at_least": 1})
     num_heads: int = field(default=8, metadata={"at_least": 1})
     mlp_ratio: float = field(default=4.0, metadata={"above": 0})
@@ -41,6 +49,12 @@ class TransformerConfig:
     remat: Remat = "none"
 
     RULES = (
+        ("text_length condition", lambda n, condition: (n > 0) == (condition == "text"),
+         "must be 0 for classes, at least 1 for text: {1}"),
+        ("text_width condition", lambda n, condition: (n > 0) == (condition == "text"),
+         "must be 0 for classes, at least 1 for text: {1}"),
+        ("text_vocabulary condition", lambda n, condition: n == 0 or condition == "text",
+         "must be 0 for classes: {1}"),
         ("width num_heads", lambda width, heads: width % heads == 0, "must be a multiple of {1}"),
         ("mlp_ratio width", lambda ratio, width: 1 <= int(width * ratio) < 2**31,
          "must give the MLPs of {1} at least 1 hidden feature, and below 2**31"),

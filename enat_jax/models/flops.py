@@ -1,6 +1,7 @@
 """A network's matrix-product FLOPs by formula, two per multiply-add."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from enat_jax.core.plans import Bucket, Plan
 from enat_jax.models.autonat import flops as autonat_flops
@@ -10,7 +11,7 @@ from enat_jax.models.networks import NetworkConfig
 
 
 def step_flops(cfg: NetworkConfig, plan: Plan, *, reuse: bool = True) -> float:
-    """One network call on one branch of one image; ENAT's modulation left out.
+    """One network call on one branch of one image; what is done once left out.
 
     `reuse` says whether it is one of several that reuse features, where the plan does not tell.
     """
@@ -22,8 +23,7 @@ def step_flops(cfg: NetworkConfig, plan: Plan, *, reuse: bool = True) -> float:
 def generation_flops(cfg: NetworkConfig, buckets: Sequence[Bucket], *, padded: bool) -> float:
     """Generating one image, with or without what the buckets' padding adds."""
     branches = 2 if any(bucket.guided for bucket in buckets) else 1
-    once = 0.0 if isinstance(cfg, AutoNATConfig) else enat_flops.modulation_flops(cfg)
-    total = branches * once
+    total = branches * _of(cfg).condition_flops(cfg)
     reuse = any(plan.previous for bucket in buckets for plan in bucket.plans)
     for bucket in buckets:
         for plan in bucket.plans:
@@ -40,6 +40,8 @@ def padding(cfg: NetworkConfig, buckets: Sequence[Bucket]) -> float:
 
 def training_flops(cfg: NetworkConfig, plans: Sequence[Plan]) -> float:
     """One image of a training step, averaged over the plans of a row."""
-    if isinstance(cfg, AutoNATConfig):
-        return sum(autonat_flops.training_flops(cfg, plan) for plan in plans) / len(plans)
-    return sum(enat_flops.training_flops(cfg, plan) for plan in plans) / len(plans)
+    return sum(_of(cfg).training_flops(cfg, plan) for plan in plans) / len(plans)
+
+
+def _of(cfg: NetworkConfig) -> Any:
+    return autonat_flops if isinstance(cfg, AutoNATConfig) else enat_flops

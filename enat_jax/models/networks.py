@@ -13,6 +13,7 @@ from enat_jax.models.enat.block import Block
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.enat.memory import LastLayer
 from enat_jax.models.enat.network import ENAT
+from enat_jax.models.enat.text import TextBlock, TextENAT
 from enat_jax.models.layers import UNPLACED
 
 NetworkConfig = ENATConfig | AutoNATConfig
@@ -24,6 +25,9 @@ def make_network(
     """The network that a config describes; arguments as `ENAT`'s."""
     if isinstance(cfg, AutoNATConfig):
         return AutoNAT(cfg, rngs=rngs, placement=placement)
+    if cfg.condition == "text":
+        memory = LastLayer(cfg)
+        return TextENAT(cfg, rngs=rngs, placement=placement, memory=memory, block=TextBlock)
     if cfg.stacks == "shared":
         return SharedStackNAT(cfg, rngs=rngs, placement=placement)
     memory = {"all_tokens": AllTokens, "all_layers": AllLayers}.get(cfg.reuse, LastLayer)(cfg)

@@ -21,6 +21,7 @@ from enat_jax.training.step import Draws, row_loss
 from tests.support.networks import (
     CONFIGS,
     changed,
+    condition,
     in_reveal_order,
     network,
     without_previous,
@@ -44,11 +45,11 @@ def all_networks(test):
 def test_it_answers_what_the_loop_and_the_training_step_ask(name):
     model = network(name)
     assert isinstance(model, Network)
-    classes = jnp.array([[0, 2], [1, 1]])
-    null = model.null_condition(classes)
-    assert (null.shape, null.dtype) == (classes.shape, classes.dtype)
-    assert np.all(null == CONFIGS[name].null_class_id)
-    embedded = jax.eval_shape(model.embed_condition, classes)
+    given = condition(model.cfg, [[0, 2], [1, 1]])
+    null = model.null_condition(given)
+    nothing = condition(model.cfg, np.full((2, 2), 3))
+    jax.tree.map(np.testing.assert_array_equal, null, nothing)
+    embedded = jax.eval_shape(model.embed_condition, given)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(embedded)} == {2}
 
 
@@ -71,12 +72,12 @@ def row(cfg):
     rng = np.random.default_rng(3)
     tokens = rng.integers(cfg.codebook_size, size=(2, 2, 16))
     order = np.stack([[rng.permutation(16) for _ in range(2)] for _ in range(2)])
-    classes = np.array([[0, 2], [3, 1]])  # 3 is the null class
+    given = condition(cfg, [[0, 2], [3, 1]])  # 3 is the null class
     plans = tuple(without_previous(plan, cfg) for plan in PLANS)
-    return jnp.array(tokens), Draws(jnp.array(order), jnp.array(classes)), plans
+    return jnp.array(tokens), Draws(jnp.array(order), given), plans
 
 
-@each("masked_to_masked", "all_layers", "autonat")
+@each("masked_to_masked", "all_layers", "autonat", "text", "autonat_text")
 def test_every_parameter_learns_and_the_loss_falls(name):
     graphdef, params = nnx.split(network(name))
     tokens, draws, plans = row(CONFIGS[name])
@@ -95,7 +96,7 @@ def loss_alone(graphdef, params, tokens, draws, plans):
     return row_loss(model, model, tokens, draws, plans, label_smoothing=0.1)
 
 
-@each("enat", "all_tokens", "nat", "autonat")
+@each("enat", "all_tokens", "nat", "autonat", "text")
 def test_images_of_a_row_do_not_touch(name):
     graphdef, params = nnx.split(network(name))
     tokens, draws, plans = row(CONFIGS[name])
@@ -107,7 +108,7 @@ def test_images_of_a_row_do_not_touch(name):
     np.testing.assert_allclose(together, np.mean(alone), rtol=1e-5)
 
 
-@each("enat", "all_tokens", "masked_to_masked", "autonat")
+@each("enat", "all_tokens", "masked_to_masked", "autonat", "text")
 def test_padding_of_drawn_plans_is_read_by_nothing(name):
     graphdef, params = nnx.split(network(name))
     tokens, draws, _ = row(CONFIGS[name])
@@ -144,12 +145,12 @@ def test_training_recalls_what_generation_carries(name):
 
     @jax.jit
     def logits():
-        condition = model.embed_condition(jnp.array([[2]]))
-        out = model(condition, first, before)
+        embedded = model.embed_condition(condition(model.cfg, [[2]]))
+        out = model(embedded, first, before)
         memory = model.memory.write(model.initial_memory(1, 9), out, first, before)
-        generated, _ = model.predict(condition, memory, tokens, now)
-        recalled = model.recall(condition, first, now)
-        out = model(condition, tokens, now, recalled=recalled)
+        generated, _ = model.predict(embedded, memory, tokens, now)
+        recalled = model.recall(embedded, first, now)
+        out = model(embedded, tokens, now, recalled=recalled)
         return generated, model.logits(out.masked)
 
     generated, trained = logits()
@@ -165,11 +166,12 @@ def sample(graphdef, params, strategy, layout):
     model = nnx.merge(graphdef, params)
     images = jnp.arange(2)
     noise = image_noise(jax.random.key(0), images, model.cfg.codebook_size)
-    ids, records = generate(model, images, strategy, noise, layout=layout)
+    given = condition(model.cfg, images)
+    ids, records = generate(model, given, strategy, noise, layout=layout)
     return ids, records[-1].logits[-1]
 
 
-@each("enat", "autonat")
+@each("enat", "autonat", "text")
 def test_exact_bucketed_and_one_bucket_generation_agree(name):
     model = network(name)
     strategy = GenerationStrategy(
@@ -203,9 +205,9 @@ def test_exact_bucketed_and_one_bucket_generation_agree(name):
 def forward(graphdef, params, tokens, plan, key=None):
     """Logits of one image's masked tokens."""
     model = nnx.merge(graphdef, params)
-    condition = model.embed_condition(jnp.array([[2]]))
+    embedded = model.embed_condition(condition(model.cfg, [[2]]))
     recalled = jnp.ones((1, plan.previous, model.cfg.width)) if plan.previous else None
-    out = model(condition, tokens, RowPlan((plan,)), recalled=recalled, key=key)
+    out = model(embedded, tokens, RowPlan((plan,)), recalled=recalled, key=key)
     return model.logits(out.masked)
 
 

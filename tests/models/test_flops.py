@@ -15,7 +15,7 @@ from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan, generation_plans
 from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.models.enat.config import ENATConfig
-from enat_jax.models.enat.flops import modulation_flops, paper_gflops
+from enat_jax.models.enat.flops import condition_flops, paper_gflops
 from enat_jax.models.flops import generation_flops, step_flops, training_flops
 from enat_jax.models.networks import make_network
 from enat_jax.training.step import Draws, row_loss
@@ -53,7 +53,7 @@ def unstacked(name):
 
 def once(cfg):
     """What a generation pays once per image and branch."""
-    return modulation_flops(cfg) if isinstance(cfg, ENATConfig) else 0.0
+    return condition_flops(cfg) if isinstance(cfg, ENATConfig) else 0.0
 
 
 @pytest.mark.parametrize(

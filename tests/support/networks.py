@@ -11,6 +11,7 @@ from flax import nnx
 from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan
 from enat_jax.models.autonat.network import AutoNATConfig
+from enat_jax.models.captions import Captions
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.networks import abstract_params, make_network
 
@@ -35,6 +36,11 @@ VARIANTS = {
 }
 CONFIGS = {name: dataclasses.replace(BASE, **changes) for name, changes in VARIANTS.items()}
 CONFIGS["autonat"] = AutoNATConfig(**SIZES, depth=2)
+WORDS = {"condition": "text", "text_length": 3, "text_width": 8, "text_vocabulary": 5}
+FEATURES = WORDS | {"text_vocabulary": 0}
+CONFIGS["text"] = dataclasses.replace(BASE, **WORDS)
+CONFIGS["text_features"] = dataclasses.replace(BASE, **FEATURES, reuse="none")
+CONFIGS["autonat_text"] = AutoNATConfig(**SIZES, **FEATURES, depth=2)
 """A new network joins here, and is tested for nothing."""
 
 
@@ -47,6 +53,19 @@ def network(name, **changes):
     rng = np.random.default_rng(0)
     noisy = [x + 0.3 * rng.standard_normal(x.shape).astype("f4") for x in leaves]
     return nnx.merge(graphdef, jax.tree.unflatten(structure, noisy))
+
+
+def condition(cfg, class_ids):
+    """What a network is given for classes: their ids, or a caption of each (of 3 the empty one)."""
+    ids = jnp.asarray(class_ids)
+    if cfg.condition == "class":
+        return ids
+    words = jnp.array([[1, 2, 0], [3, 2, 4], [4, 0, 0], [0, 0, 0]])
+    table = words
+    if not cfg.text_vocabulary:
+        rng = np.random.default_rng(7)
+        table = jnp.asarray(rng.standard_normal((4, cfg.text_length, cfg.text_width)), "f4")
+    return Captions(table[ids], table[jnp.full_like(ids, 3)])
 
 
 def changed(model, **changes):

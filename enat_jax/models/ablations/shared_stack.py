@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 from enat_jax.core.network import Features, RowPlan, Tokens
 from enat_jax.models.attention import Segments
 from enat_jax.models.enat.config import Blocked
-from enat_jax.models.enat.network import ENAT, Modulation
+from enat_jax.models.enat.network import ENAT, EmbeddedCondition
 from enat_jax.models.rows import Rows
 
 
@@ -18,7 +18,7 @@ class SharedStackNAT(ENAT):
 
     def __call__(
         self,
-        condition: Modulation,
+        condition: EmbeddedCondition,
         tokens: Tokens,
         row: RowPlan,
         *,

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from enat_jax.core.network import Features, RowPlan, Tokens
 from enat_jax.models.attention import attend
 from enat_jax.models.autonat.config import AutoNATConfig
+from enat_jax.models.captions import CaptionEmbedding, Captions, null_captions
 from enat_jax.models.config import Implementation
 from enat_jax.models.layers import (
     EMBEDDING_STD,
@@ -68,13 +69,17 @@ class UViTBlock(nnx.Module):
 class AutoNAT(nnx.Module):
     """The network of AutoNAT (CVPR 2024): a class token and all tokens, masked ones included.
 
-    A condition is the images' class ids.
+    A condition is the images' class ids, or `Captions`, whose tokens then stand in the place of the
+    class token, without position embedding.
     """
 
     def __init__(self, cfg: AutoNATConfig, *, rngs: nnx.Rngs, placement: Any = UNPLACED):
         self.cfg, self.placement = cfg, placement
         self.embedding = TokenEmbedding(cfg.codebook_size + 1, cfg.length, cfg.width, rngs=rngs)
-        self.class_embedding = TokenEmbedding(cfg.num_classes + 1, 1, cfg.width, rngs=rngs)
+        if cfg.condition == "text":
+            self.caption_embedding = CaptionEmbedding(cfg, rngs=rngs, kernel_init=normal)
+        else:
+            self.class_embedding = TokenEmbedding(cfg.num_classes + 1, 1, cfg.width, rngs=rngs)
 
         def block(reads_skip: bool) -> Callable[[nnx.Rngs], UViTBlock]:
             return lambda rngs: UViTBlock(cfg, reads_skip=reads_skip, rngs=rngs)
@@ -86,17 +91,21 @@ class AutoNAT(nnx.Module):
             cfg.width, cfg.codebook_size, dtype=jnp.dtype(cfg.dtype), rngs=rngs, kernel_init=normal
         )
 
-    def null_condition(self, condition: Int[Array, "b g"]) -> Int[Array, "b g"]:
-        """The null class."""
+    def null_condition(self, condition: Any) -> Any:
+        """The null class, or the empty captions."""
+        if isinstance(condition, Captions):
+            return null_captions(condition)
         return jnp.full_like(condition, self.cfg.null_class_id)
 
-    def embed_condition(self, condition: Int[Array, "b g"]) -> Float[Array, "b g d"]:
-        """The class token of each image."""
+    def embed_condition(self, condition: Any) -> Float[Array, "b _ d"]:
+        """The class token of each image of a row, or the tokens of its caption."""
+        if isinstance(condition, Captions):
+            return self.caption_embedding(condition.text)
         return self.class_embedding(condition, jnp.zeros_like(condition)).astype(self.cfg.dtype)
 
     def __call__(
         self,
-        condition: Float[Array, "b g d"],
+        condition: Float[Array, "b _ d"],
         tokens: Tokens,
         row: RowPlan,
         *,
@@ -118,8 +127,8 @@ class AutoNAT(nnx.Module):
             )
         )
         x = dropout(self.embedding(ids, positions), self.cfg.dropout, key).astype(self.cfg.dtype)
-        x = jnp.concatenate([rearrange(condition, "b g d -> (b g) 1 d"), x], axis=1)
-        x = self.run(x)[:, 1:]
+        given = rearrange(condition, "b (g t) d -> (b g) t d", g=g)
+        x = self.run(jnp.concatenate([given, x], axis=1))[:, given.shape[1] :]
         return Features(None, *rows.apart(rearrange(x, "(b g) l d -> b (g l) d", g=g)))
 
     def run(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -143,12 +152,12 @@ class AutoNAT(nnx.Module):
         return ()
 
     def predict(
-        self, condition: Float[Array, "b g d"], memory: tuple[()], tokens: Tokens, row: RowPlan
+        self, condition: Float[Array, "b _ d"], memory: tuple[()], tokens: Tokens, row: RowPlan
     ) -> tuple[Float[Array, "b m v"], tuple[()]]:
         """Logits of the masked tokens."""
         return self.logits(self(condition, tokens, row).masked), memory
 
-    def recall(self, condition: Float[Array, "b g d"], tokens: Tokens, row: RowPlan) -> None:
+    def recall(self, condition: Float[Array, "b _ d"], tokens: Tokens, row: RowPlan) -> None:
         """Nothing: every step reads all tokens anew."""
 
     def unstacked(self) -> "AutoNAT":

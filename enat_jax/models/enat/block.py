@@ -104,6 +104,11 @@ class Block(nnx.Module):
         return jnp.split(spread.astype(jnp.float32), len(names), axis=-1)
 
 
+def normalised(features: Float[Array, "b n ... d"]) -> Float[Array, "b n ... d"]:
+    """Features as blocks read them as context."""
+    return layer_norm(features, epsilon=BLOCK_EPSILON).astype(features.dtype)
+
+
 def spread_over_tokens(
     values: Float[Array, "b g k"], blocks: Sequence[Sequence[int]]
 ) -> Float[Array, "b n k"]:

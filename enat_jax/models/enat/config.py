@@ -50,6 +50,11 @@ class ENATConfig(TransformerConfig):
     reproject: bool = True
 
     RULES = (
+        ("condition stacks reuse context_attention",
+         lambda condition, stacks, reuse, how: condition == "class" or (
+             stacks == "separate" and reuse in ("last_layer", "none") and how == "joint"),
+         "needs stacks = 'separate', reuse = 'last_layer' or 'none' and context_attention ="
+         " 'joint', not {1}, {2} and {3}"),
         ("decoder_depth stacks", lambda depth, stacks: (depth == 0) == (stacks == "shared"),
          "must be 0 where one stack is shared, else at least 1: {1}"),
         ("reuse stacks", lambda reuse, stacks: stacks == "separate" or reuse == "none",
@@ -74,8 +79,9 @@ class ENATConfig(TransformerConfig):
 
     @property
     def encoder_attention(self) -> ContextAttention:
-        """How the encoder's blocks read context: reused features."""
-        return self.context_attention if self.carries_features else "none"
+        """How the encoder's blocks read context: reused features and captions."""
+        reads = self.carries_features or self.condition == "text"
+        return self.context_attention if reads else "none"
 
     @property
     def decoder_attention(self) -> ContextAttention:

@@ -3,14 +3,20 @@
 from collections.abc import Sequence
 
 from enat_jax.core.plans import Plan
+from enat_jax.models.captions import text_projection_flops
 from enat_jax.models.enat.config import ContextAttention, ENATConfig
 
 VECTORS: dict[ContextAttention, int] = {"none": 6, "joint": 8, "alternating": 11}
 """How many vectors adaLN makes per block and image."""
 
 
-def modulation_flops(cfg: ENATConfig) -> float:
-    """AdaLN's vectors of all blocks, for one class of one image."""
+def condition_flops(cfg: ENATConfig) -> float:
+    """What is done once for a condition of one image: adaLN's vectors of all blocks, or a caption.
+
+    A caption runs through the encoder's blocks alone.
+    """
+    if cfg.condition == "text":
+        return text_projection_flops(cfg) + encoder_flops(cfg, cfg.text_length, 0)
     vectors = cfg.encoder_depth * VECTORS[cfg.encoder_attention]
     vectors += cfg.decoder_depth * VECTORS[cfg.decoder_attention]
     return 2.0 * vectors * cfg.width**2
@@ -43,7 +49,7 @@ def _projections(cfg: ENATConfig) -> int:
 
 
 def step_flops(cfg: ENATConfig, plan: Plan, *, reuse: bool = True) -> float:
-    """One network call on one branch of one image, modulation left out.
+    """One network call on one branch of one image, without what is done once for a condition.
 
     Args:
         cfg: the network's.
@@ -54,12 +60,13 @@ def step_flops(cfg: ENATConfig, plan: Plan, *, reuse: bool = True) -> float:
     head = 2.0 * plan.masked * cfg.width * (cfg.width + cfg.codebook_size)
     if cfg.stacks == "shared":
         return encoder_flops(cfg, cfg.length, 0) + head
-    reused = plan.previous
+    reused, text = plan.previous, cfg.text_length
     if cfg.reuse == "all_tokens":
         reused = cfg.length if reuse and plan.previous + plan.new else 0
     projection = 2.0 * reused * 2 * cfg.mlp_ratio * cfg.width**2
-    decoder = _decoder_flops(cfg, plan.masked, reused + plan.new)
-    return _projections(cfg) * projection + encoder_flops(cfg, plan.new, reused) + decoder + head
+    encoder = encoder_flops(cfg, plan.new, text + reused)
+    decoder = _decoder_flops(cfg, plan.masked, text + reused + plan.new)
+    return _projections(cfg) * projection + encoder + decoder + head
 
 
 def training_flops(cfg: ENATConfig, plan: Plan) -> float:
@@ -68,12 +75,12 @@ def training_flops(cfg: ENATConfig, plan: Plan) -> float:
     The student's forward pass counts three times (the backward pass is two), the EMA network's
     pass over the previous tokens once. What remat computes again is not counted.
     """
-    student = step_flops(cfg, plan, reuse=plan.previous > 0) + modulation_flops(cfg)
+    student = step_flops(cfg, plan, reuse=plan.previous > 0) + condition_flops(cfg)
     # the head's word matrix is detached: no product for its gradient
     detached = 2.0 * plan.masked * cfg.width * cfg.codebook_size
-    ema = encoder_flops(cfg, plan.previous, 0)
+    ema = encoder_flops(cfg, plan.previous, cfg.text_length)
     if plan.previous:
-        ema += modulation_flops(cfg)
+        ema += condition_flops(cfg)
         if cfg.reuse == "all_tokens":
             ema += _decoder_flops(cfg, plan.new + plan.masked, plan.previous)
     return 3 * student - detached + ema
@@ -85,4 +92,4 @@ def paper_gflops(cfg: ENATConfig, plans: Sequence[Plan]) -> float:
     Its figures fit (within 5%, each of them) a sampler that runs both branches and adaLN at every
     step, which the reference does; ours leaves out what no step reads.
     """
-    return sum(step_flops(cfg, plan) + modulation_flops(cfg) for plan in plans) / 1e9
+    return sum(step_flops(cfg, plan) + condition_flops(cfg) for plan in plans) / 1e9

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from enat_jax.core.network import Features, RowPlan, Tokens
 from enat_jax.models.attention import Segments
-from enat_jax.models.enat.block import BLOCK_EPSILON, Block
+from enat_jax.models.enat.block import Block, normalised
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.enat.memory import Carried, LastLayer, exist
 from enat_jax.models.layers import (
@@ -19,16 +19,22 @@ from enat_jax.models.layers import (
     Head,
     TokenEmbedding,
     dropout,
-    layer_norm,
 )
 from enat_jax.models.stack import make_stack, map_stack, run_stack, unstack
 
 
-class Modulation(NamedTuple):
-    """AdaLN's vectors per block and image, `[b l g r]`, or a list over the blocks `l`."""
+class EmbeddedCondition(NamedTuple):
+    """What blocks read of a condition, the same at every step.
+
+    Attributes:
+        encoder: adaLN's vectors per block and image, `[b l g r]`, or a list over the blocks `l`.
+        decoder: the same of the decoder's blocks; both None where nothing is modulated.
+        text: normalised features of captions' tokens, caption after caption of a row.
+    """
 
     encoder: Any
     decoder: Any
+    text: Float[Array, "b _ d"] | None = None
 
 
 class ENAT(nnx.Module):
@@ -60,9 +66,7 @@ class ENAT(nnx.Module):
         self.cfg, self.placement = cfg, placement
         self.memory = memory or LastLayer(cfg)
         self.embedding = TokenEmbedding(cfg.codebook_size + 1, cfg.length, cfg.width, rngs=rngs)
-        self.class_embedding = nnx.Param(
-            EMBEDDING_STD * jax.random.normal(rngs.params(), (cfg.num_classes + 1, cfg.width))
-        )
+        self.make_condition(rngs)
         self.reuse_projection = self.memory.make_projection(rngs=rngs)
 
         def stack(depth: int, reads_context: bool) -> Any:
@@ -71,15 +75,20 @@ class ENAT(nnx.Module):
 
             return make_stack(make, depth, rngs=rngs) if depth else None
 
-        self.encoder: Any = stack(cfg.encoder_depth, cfg.carries_features)
+        self.encoder: Any = stack(cfg.encoder_depth, cfg.encoder_attention != "none")
         self.decoder: Any = stack(cfg.decoder_depth, True)
         self.head = Head(cfg.width, cfg.codebook_size, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+
+    def make_condition(self, rngs: nnx.Rngs) -> None:
+        """The layers that read class ids."""
+        shape = self.cfg.num_classes + 1, self.cfg.width
+        self.class_embedding = nnx.Param(EMBEDDING_STD * jax.random.normal(rngs.params(), shape))
 
     def null_condition(self, condition: Int[Array, "b g"]) -> Int[Array, "b g"]:
         """The null class."""
         return jnp.full_like(condition, self.cfg.null_class_id)
 
-    def embed_condition(self, condition: Int[Array, "b g"]) -> Modulation:
+    def embed_condition(self, condition: Int[Array, "b g"]) -> EmbeddedCondition:
         """AdaLN's vectors of all blocks; they depend on the class alone."""
         lay = self.placement.activations
         c = lay(jax.nn.silu(self.class_embedding[...][condition]), "whole")
@@ -88,7 +97,7 @@ class ENAT(nnx.Module):
             made = map_stack(blocks, lambda block: block.modulation(c))
             return jax.tree.map(lambda x: lay(lay(x, "columns"), "rows"), made)
 
-        return Modulation(vectors(self.encoder), self.decoder and vectors(self.decoder))
+        return EmbeddedCondition(vectors(self.encoder), self.decoder and vectors(self.decoder))
 
     def embed(
         self, ids: Int[Array, "b n"] | int, positions: Int[Array, "b n"], key: jax.Array | None
@@ -116,7 +125,7 @@ class ENAT(nnx.Module):
 
     def encode(
         self,
-        condition: Modulation,
+        condition: EmbeddedCondition,
         tokens: Tokens,
         segments: Segments,
         *,
@@ -127,9 +136,19 @@ class ENAT(nnx.Module):
         x = self.embed(tokens.ids, tokens.positions, key)
         return self.memory.encode(self, x, condition.encoder, recalled, segments)
 
+    def decode(
+        self,
+        condition: EmbeddedCondition,
+        x: Float[Array, "b m d"],
+        context: Float[Array, "b _ d"] | None,
+        segments: Segments,
+    ) -> Float[Array, "b m d"]:
+        """Masked tokens, which read each other and normalised features of visible ones."""
+        return self.run(self.decoder, x, condition.decoder, context, segments)
+
     def __call__(
         self,
-        condition: Modulation,
+        condition: EmbeddedCondition,
         tokens: Tokens,
         row: RowPlan,
         *,
@@ -154,9 +173,6 @@ class ENAT(nnx.Module):
             pairs = zip(readable, masked, strict=True)
             everything = [jnp.concatenate(parts, axis=-1) for parts in pairs]
 
-        def normalised(x: Array) -> Array:
-            return layer_norm(x, epsilon=BLOCK_EPSILON).astype(x.dtype)
-
         previous = new = earlier = None
         context, blocks = [], []
         if recalled is not None and recalled.shape[1]:
@@ -172,7 +188,7 @@ class ENAT(nnx.Module):
         x = self.embed(self.cfg.mask_id, tokens.masked_positions, decoder_key)
         read = jnp.concatenate(context, axis=1) if context else None
         segments = Segments(row.masked, blocks, everything)
-        return Features(previous, new, self.run(self.decoder, x, condition.decoder, read, segments))
+        return Features(previous, new, self.decode(condition, x, read, segments))
 
     def logits(self, features: Float[Array, "b n d"]) -> Float[Array, "b n v"]:
         """Scores over the codebook, float32."""
@@ -183,13 +199,13 @@ class ENAT(nnx.Module):
         return self.memory.initial(batch, capacity)
 
     def predict(
-        self, condition: Modulation, memory: Carried, tokens: Tokens, row: RowPlan
+        self, condition: EmbeddedCondition, memory: Carried, tokens: Tokens, row: RowPlan
     ) -> tuple[Float[Array, "b m v"], Carried]:
         """Logits of the masked tokens, and the memory with this step's features."""
         out = self(condition, tokens, row, recalled=self.memory.read(memory, row))
         return self.logits(out.masked), self.memory.write(memory, out, tokens, row)
 
-    def recall(self, condition: Modulation, tokens: Tokens, row: RowPlan) -> Carried | None:
+    def recall(self, condition: EmbeddedCondition, tokens: Tokens, row: RowPlan) -> Carried | None:
         """Features of the previous tokens as an earlier step saw them, with the others masked."""
         if not tokens.ids.shape[1]:
             return None
