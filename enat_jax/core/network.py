@@ -1,5 +1,6 @@
 """What the generation loop and the training step ask of a network, and the words they say it in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -33,6 +34,11 @@ class RowPlan:
 
     plans: tuple[Plan, ...]
     counts: tuple[Plan, ...] | None = None
+
+    def of(self, images: Sequence[int]) -> "RowPlan":
+        """The row of some of its images."""
+        counts = self.counts and tuple(self.counts[image] for image in images)
+        return RowPlan(tuple(self.plans[image] for image in images), counts)
 
     @property
     def previous(self) -> list[int]:

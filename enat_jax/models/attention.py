@@ -1,7 +1,7 @@
 """Self-cross attention: queries read context tokens and each other in one softmax."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,8 @@ class SelfCrossAttention(nnx.Module):
     """SC-attention (ENAT section 4.1): keys and values of context and own tokens side by side.
 
     Own tokens, image after image, ask and are read; context, in blocks of images, is only read.
-    Each of the two has a key/value projection; with one alone it is a cross- or a self-attention.
+    Each of the two has a key/value projection, or they share one; with one alone it is a cross- or
+    a self-attention.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SelfCrossAttention(nnx.Module):
         rngs: nnx.Rngs,
         reads_own: bool = True,
         reads_context: bool = True,
+        shares_key_value: bool = False,
     ):
         def key_value() -> Linear:  # on an axis of their own, so that devices can share out heads
             return Linear(width, (2, width), dtype=dtype, rngs=rngs)
@@ -77,7 +79,9 @@ class SelfCrossAttention(nnx.Module):
         self.num_heads = num_heads
         self.implementation: Implementation = implementation
         self.query = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.context_key_value = key_value() if reads_context else None
+        self.reads_context = reads_context
+        own_for_both = shares_key_value and reads_own
+        self.context_key_value = key_value() if reads_context and not own_for_both else None
         self.own_key_value = key_value() if reads_own else None
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
@@ -89,8 +93,9 @@ class SelfCrossAttention(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Attends within each image of a row; where there is nothing to read, values are 0."""
         sources: list[tuple[Array, Sequence[Sequence[int]]]] = []
-        if context is not None and self.context_key_value is not None:
-            sources.append((self.context_key_value(context), segments.context))
+        if context is not None and self.reads_context:
+            key_value: Any = self.context_key_value or self.own_key_value
+            sources.append((key_value(context), segments.context))
         if self.own_key_value is not None:
             sources.append((self.own_key_value(own), [segments.own]))
         read: list[list[list[Array]]] = [[[] for _ in segments.own] for _ in ("keys", "values")]

@@ -20,10 +20,15 @@ def step_flops(cfg: NetworkConfig, plan: Plan, *, reuse: bool = True) -> float:
     return enat_flops.step_flops(cfg, plan, reuse=reuse)
 
 
+def condition_flops(cfg: NetworkConfig) -> float:
+    """What is done once per image and branch, before the first step."""
+    return _of(cfg).condition_flops(cfg)
+
+
 def generation_flops(cfg: NetworkConfig, buckets: Sequence[Bucket], *, padded: bool) -> float:
     """Generating one image, with or without what the buckets' padding adds."""
     branches = 2 if any(bucket.guided for bucket in buckets) else 1
-    total = branches * _of(cfg).condition_flops(cfg)
+    total = branches * condition_flops(cfg)
     reuse = any(plan.previous for bucket in buckets for plan in bucket.plans)
     for bucket in buckets:
         for plan in bucket.plans:

@@ -7,6 +7,7 @@ from flax import nnx
 from enat_jax.models.ablations.alternating import AlternatingBlock
 from enat_jax.models.ablations.memories import AllLayers, AllTokens
 from enat_jax.models.ablations.shared_stack import SharedStackNAT
+from enat_jax.models.ablations.text_every_step import TextEveryStepENAT
 from enat_jax.models.autonat.config import AutoNATConfig
 from enat_jax.models.autonat.network import AutoNAT
 from enat_jax.models.enat.block import Block
@@ -26,8 +27,8 @@ def make_network(
     if isinstance(cfg, AutoNATConfig):
         return AutoNAT(cfg, rngs=rngs, placement=placement)
     if cfg.condition == "text":
-        memory = LastLayer(cfg)
-        return TextENAT(cfg, rngs=rngs, placement=placement, memory=memory, block=TextBlock)
+        kind = TextEveryStepENAT if cfg.text_every_step else TextENAT
+        return kind(cfg, rngs=rngs, placement=placement, block=TextBlock)
     if cfg.stacks == "shared":
         return SharedStackNAT(cfg, rngs=rngs, placement=placement)
     memory = {"all_tokens": AllTokens, "all_layers": AllLayers}.get(cfg.reuse, LastLayer)(cfg)

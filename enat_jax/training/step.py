@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
@@ -106,7 +107,7 @@ def row_loss(
         mean_over: as `TrainConfig` says.
         key: turns dropout on.
     """
-    shapes = tuple(plans)
+    shapes, every = tuple(plans), range(len(plans))
     counts = shapes
     if draws.plans is not None:
         counts = tuple(Plan(*rearrange(draws.plans[:, image], "b c -> c b"))
@@ -114,21 +115,27 @@ def row_loss(
     row = RowPlan(shapes, None if draws.plans is None else counts)
     in_order = jnp.take_along_axis(token_ids, draws.order, axis=-1)
 
-    def pack(x: Int[Array, "b g l"], skipped: int, sizes: Sequence[int]) -> Int[Array, "b n"]:
-        """Of each image so many tokens, after its tokens of the first `skipped` kinds."""
+    def pack(
+        x: Int[Array, "b g l"], skipped: int, sizes: Sequence[int], images: Sequence[int] = every
+    ) -> Int[Array, "b n"]:
+        """Of each of the images so many tokens, after its tokens of the first `skipped` kinds."""
         parts = []
-        for image, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-            start = jnp.reshape(jnp.asarray(sum(count[:skipped])), (-1, 1))
+        for image, size in zip(images, sizes, strict=True):
+            start = jnp.reshape(jnp.asarray(sum(counts[image][:skipped])), (-1, 1))
             index = jnp.minimum(start + jnp.arange(size), x.shape[-1] - 1)
             parts.append(jnp.take_along_axis(x[:, image], index, axis=1))
         return jnp.concatenate(parts, axis=1)
 
-    hidden = [plan.new + plan.masked for plan in shapes]
-    order = draws.order
-    ema_condition = draws.condition if draws.ema_condition is None else draws.ema_condition
-    earlier = Tokens(pack(in_order, 0, row.previous), pack(order, 0, row.previous),
-                     pack(order, 1, hidden))  # fmt: skip
-    recalled = ema_model.recall(ema_model.embed_condition(ema_condition), earlier, row)
+    order, recalled = draws.order, None
+    if reusing := [image for image in every if shapes[image].previous]:
+        given = draws.condition if draws.ema_condition is None else draws.ema_condition
+        given = jax.tree.map(lambda x: x[:, np.array(reusing)], given)
+        before = row.of(reusing)
+        hidden = [plan.new + plan.masked for plan in before.plans]
+        earlier = Tokens(pack(in_order, 0, before.previous, reusing),
+                         pack(order, 0, before.previous, reusing),
+                         pack(order, 1, hidden, reusing))  # fmt: skip
+        recalled = ema_model.recall(ema_model.embed_condition(given), earlier, before)
     now = Tokens(pack(in_order, 1, row.new), pack(order, 1, row.new), pack(order, 2, row.masked))
     features = model(
         model.embed_condition(draws.condition),

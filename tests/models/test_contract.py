@@ -77,7 +77,7 @@ def row(cfg):
     return jnp.array(tokens), Draws(jnp.array(order), given), plans
 
 
-@each("masked_to_masked", "all_layers", "autonat", "text", "autonat_text")
+@each("masked_to_masked", "all_layers", "autonat", "text", "text_every_step", "autonat_text")
 def test_every_parameter_learns_and_the_loss_falls(name):
     graphdef, params = nnx.split(network(name))
     tokens, draws, plans = row(CONFIGS[name])
@@ -108,7 +108,7 @@ def test_images_of_a_row_do_not_touch(name):
     np.testing.assert_allclose(together, np.mean(alone), rtol=1e-5)
 
 
-@each("enat", "all_tokens", "masked_to_masked", "autonat", "text")
+@each("enat", "all_tokens", "masked_to_masked", "autonat", "text", "text_every_step")
 def test_padding_of_drawn_plans_is_read_by_nothing(name):
     graphdef, params = nnx.split(network(name))
     tokens, draws, _ = row(CONFIGS[name])

@@ -14,9 +14,9 @@ from enat_jax.core.generate import generate, plan_generation
 from enat_jax.core.network import RowPlan, Tokens
 from enat_jax.core.plans import Plan, generation_plans
 from enat_jax.core.schedules import StrategyConfig, make_strategy
-from enat_jax.models.enat.config import ENATConfig
-from enat_jax.models.enat.flops import condition_flops, paper_gflops
-from enat_jax.models.flops import generation_flops, step_flops, training_flops
+from enat_jax.models.captions import Captions
+from enat_jax.models.enat.flops import paper_gflops
+from enat_jax.models.flops import condition_flops, generation_flops, step_flops, training_flops
 from enat_jax.models.networks import make_network
 from enat_jax.training.step import Draws, row_loss
 from tests.support.networks import CONFIGS as NETWORKS
@@ -25,7 +25,9 @@ from tests.support.networks import CONFIGS as NETWORKS
 # of activations) is a few percent of it. Blocked attention is masked, not saved.
 WIDE = {name: dataclasses.replace(cfg, length=64, codebook_size=512, width=256, num_heads=4)
         for name, cfg in NETWORKS.items() if "_to_" not in name}  # fmt: skip
-WIDE["autonat"] = dataclasses.replace(WIDE["autonat"], width=512)
+for name, cfg in WIDE.items():
+    text = {"text_length": 16, "text_width": 128} if cfg.condition == "text" else {}
+    WIDE[name] = dataclasses.replace(cfg, width=512 if "autonat" in name else 256, **text)
 ELEMENTWISE = 1.03
 
 
@@ -51,9 +53,14 @@ def unstacked(name):
     return nnx.split(nnx.eval_shape(make))
 
 
-def once(cfg):
-    """What a generation pays once per image and branch."""
-    return condition_flops(cfg) if isinstance(cfg, ENATConfig) else 0.0
+def conditions(cfg, *shape):
+    """Shapes of the conditions of so many images."""
+    if cfg.condition == "class":
+        return ids(*shape)
+    text = ids(*shape, cfg.text_length)
+    if not cfg.text_vocabulary:
+        text = jax.ShapeDtypeStruct((*text.shape, cfg.text_width), jnp.float32)
+    return Captions(text, text)
 
 
 @pytest.mark.parametrize(
@@ -61,24 +68,25 @@ def once(cfg):
     [
         *(("enat", plan) for plan in (Plan(0, 0, 64), Plan(20, 12, 32), Plan(48, 15, 1))),
         *((name, Plan(20, 12, 32)) for name in ("alternating", "all_tokens", "all_layers")),
-        *((name, Plan(0, 32, 32)) for name in ("disentangled", "nat", "autonat")),
+        *((name, Plan(0, 32, 32)) for name in ("disentangled", "nat", "autonat", "autonat_text")),
+        *((name, Plan(20, 12, 32)) for name in ("text", "text_every_step")),
     ],
 )
 def test_a_step_costs_what_the_formula_says(name, plan):
     cfg, (graphdef, params) = WIDE[name], unstacked(name)
     initial = lambda p: nnx.merge(graphdef, p).initial_memory(1, 64)  # noqa: E731
 
-    def call(params, classes, memory, tokens):
+    def call(params, condition, memory, tokens):
         model = nnx.merge(graphdef, params)
-        return model.predict(model.embed_condition(classes), memory, tokens, RowPlan((plan,)))
+        return model.predict(model.embed_condition(condition), memory, tokens, RowPlan((plan,)))
 
     tokens = Tokens(ids(1, plan.new), ids(1, plan.new), ids(1, plan.masked))
-    shapes = (ids(1, 1), jax.eval_shape(initial, params), tokens)
-    formula = step_flops(cfg, plan) + once(cfg)
+    shapes = (conditions(cfg, 1, 1), jax.eval_shape(initial, params), tokens)
+    formula = step_flops(cfg, plan) + condition_flops(cfg)
     assert formula <= counted(call, params, *shapes) <= ELEMENTWISE * formula
 
 
-@networks("enat", "autonat")
+@networks("enat", "autonat", "text")
 def test_a_generation_costs_what_the_formula_says(name):
     cfg, (graphdef, params) = WIDE[name], unstacked(name)
     layout, traced = planned(cfg)
@@ -86,15 +94,15 @@ def test_a_generation_costs_what_the_formula_says(name):
     def silence(step, positions):
         return jnp.zeros((*positions.shape, cfg.codebook_size)), jnp.zeros(positions.shape)
 
-    def run(params, class_ids):
-        return generate(nnx.merge(graphdef, params), class_ids, traced, silence, layout=layout)[0]
+    def run(params, condition):
+        return generate(nnx.merge(graphdef, params), condition, traced, silence, layout=layout)[0]
 
     formula = generation_flops(cfg, layout.buckets, padded=False)
     assert [bucket.guided for bucket in layout.buckets][1:] == [True] * 3
-    assert formula <= counted(run, params, ids(1)) <= ELEMENTWISE * formula
+    assert formula <= counted(run, params, conditions(cfg, 1)) <= ELEMENTWISE * formula
 
 
-@networks("enat")
+@networks("enat", "text")
 def test_a_training_step_costs_what_the_formula_says(name):
     cfg, (graphdef, params) = WIDE[name], unstacked(name)
     plans = (Plan(0, 20, 44), Plan(9, 7, 48) if cfg.carries_features else Plan(0, 16, 48))
@@ -103,7 +111,7 @@ def test_a_training_step_costs_what_the_formula_says(name):
         models = (nnx.merge(graphdef, weights) for weights in (params, ema))
         return row_loss(*models, token_ids, draws, plans, label_smoothing=0.1)
 
-    shapes = (params, params, ids(1, 2, 64), Draws(ids(1, 2, 64), ids(1, 2)))
+    shapes = (params, params, ids(1, 2, 64), Draws(ids(1, 2, 64), conditions(cfg, 1, 2)))
     formula = len(plans) * training_flops(cfg, plans)
     idle = 0.0
     if name.startswith("alternating"):  # new tokens of the first image ask, forward and back, with

@@ -40,6 +40,9 @@ WORDS = {"condition": "text", "text_length": 3, "text_width": 8, "text_vocabular
 FEATURES = WORDS | {"text_vocabulary": 0}
 CONFIGS["text"] = dataclasses.replace(BASE, **WORDS)
 CONFIGS["text_features"] = dataclasses.replace(BASE, **FEATURES, reuse="none")
+CONFIGS["text_every_step"] = dataclasses.replace(
+    BASE, **WORDS, text_every_step=True, key_value="shared", reuse_projection=False
+)
 CONFIGS["autonat_text"] = AutoNATConfig(**SIZES, **FEATURES, depth=2)
 """A new network joins here, and is tested for nothing."""
 

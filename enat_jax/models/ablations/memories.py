@@ -32,19 +32,13 @@ class AllTokens(LastLayer):
         return memory if shape.previous + shape.new and memory.shape[1] else None
 
     def recall(self, network: Any, condition: Any, tokens: Tokens, row: RowPlan) -> Carried:
-        """Features of all tokens of images that have previous ones."""
+        """Features of all tokens."""
 
         def before(plan: Plan) -> Plan:
             return Plan(0, plan.previous, plan.new + plan.masked)
 
-        plans = [before(plan) for plan in row.plans]
-        hidden = jax.lax.split(tokens.masked_positions, [plan.masked for plan in plans], axis=1)
-        kept = [part for part, plan in zip(hidden, plans, strict=True) if plan.new]
-        earlier = RowPlan(
-            tuple(plan if plan.new else Plan(0, 0, 0) for plan in plans),
-            None if row.counts is None else tuple(before(counts) for counts in row.counts),
-        )
-        tokens = tokens._replace(masked_positions=jnp.concatenate(kept, axis=1))
+        counts = row.counts and tuple(before(counts) for counts in row.counts)
+        earlier = RowPlan(tuple(before(plan) for plan in row.plans), counts)
         out = network(condition, tokens, earlier)
         return Rows(self.cfg.length, earlier).together(out.new, out.masked)
 

@@ -59,6 +59,7 @@ class Block(nnx.Module):
             cfg.num_heads,
             dtype=jnp.dtype(cfg.dtype),
             implementation=cfg.attention,
+            shares_key_value=cfg.key_value == "shared",
             rngs=rngs,
             **reads,
         )

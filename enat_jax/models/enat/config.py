@@ -35,6 +35,10 @@ class ENATConfig(TransformerConfig):
             last layer of all tokens, of masked ones the decoder's; `all_layers` of the visible
             tokens, each encoder block those of its own depth.
         reuse_projection: whether reused features are projected before they are read.
+        key_value: whether context has a projection to keys and values of its own, the paper's for
+            classes, or shares that of own tokens.
+        text_every_step: whether a caption is encoded beside the new tokens at every step, instead
+            of once.
         reproject: whether a step of sampling projects what earlier steps have projected again, as
             the reference does. If not, features are read projected once, as in training.
     """
@@ -48,6 +52,8 @@ class ENATConfig(TransformerConfig):
     reuse: Reuse = "last_layer"
     reuse_projection: bool = True
     reproject: bool = True
+    key_value: Literal["separate", "shared"] = "separate"
+    text_every_step: bool = False
 
     RULES = (
         ("condition stacks reuse context_attention",
@@ -65,6 +71,10 @@ class ENATConfig(TransformerConfig):
          "must be 'none' where no stack is shared: {1}"),
         ("reuse_projection reuse", lambda projects, reuse: projects or reuse != "none",
          "must be True with {1}, which projects nothing"),
+        ("key_value context_attention", lambda of, read: of == "separate" or read == "joint",
+         "must be 'separate' with {1}"),
+        ("text_every_step condition", lambda every, condition: not every or condition == "text",
+         "needs {1} to be 'text'"),
     )  # fmt: skip
 
     @property

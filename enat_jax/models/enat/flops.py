@@ -16,7 +16,8 @@ def condition_flops(cfg: ENATConfig) -> float:
     A caption runs through the encoder's blocks alone.
     """
     if cfg.condition == "text":
-        return text_projection_flops(cfg) + encoder_flops(cfg, cfg.text_length, 0)
+        once = 0 if cfg.text_every_step else cfg.text_length
+        return text_projection_flops(cfg) + encoder_flops(cfg, once, 0)
     vectors = cfg.encoder_depth * VECTORS[cfg.encoder_attention]
     vectors += cfg.decoder_depth * VECTORS[cfg.decoder_attention]
     return 2.0 * vectors * cfg.width**2
@@ -36,6 +37,12 @@ def encoder_flops(cfg: ENATConfig, own: int, reused: int) -> float:
     """The encoder on one image's own tokens; nothing where there are none."""
     block = _block_flops(cfg, own, reused, cfg.encoder_attention)
     return cfg.encoder_depth * block if own else 0.0
+
+
+def _encoder_flops(cfg: ENATConfig, new: int, reused: int) -> float:
+    """A call of the encoder on new tokens, with a caption beside them or as their context."""
+    beside = cfg.text_length if cfg.text_every_step else 0
+    return encoder_flops(cfg, new + beside, reused + cfg.text_length - beside)
 
 
 def _decoder_flops(cfg: ENATConfig, masked: int, visible: int) -> float:
@@ -64,7 +71,7 @@ def step_flops(cfg: ENATConfig, plan: Plan, *, reuse: bool = True) -> float:
     if cfg.reuse == "all_tokens":
         reused = cfg.length if reuse and plan.previous + plan.new else 0
     projection = 2.0 * reused * 2 * cfg.mlp_ratio * cfg.width**2
-    encoder = encoder_flops(cfg, plan.new, text + reused)
+    encoder = _encoder_flops(cfg, plan.new, reused)
     decoder = _decoder_flops(cfg, plan.masked, text + reused + plan.new)
     return _projections(cfg) * projection + encoder + decoder + head
 
@@ -78,9 +85,9 @@ def training_flops(cfg: ENATConfig, plan: Plan) -> float:
     student = step_flops(cfg, plan, reuse=plan.previous > 0) + condition_flops(cfg)
     # the head's word matrix is detached: no product for its gradient
     detached = 2.0 * plan.masked * cfg.width * cfg.codebook_size
-    ema = encoder_flops(cfg, plan.previous, cfg.text_length)
+    ema = 0.0
     if plan.previous:
-        ema += condition_flops(cfg)
+        ema += _encoder_flops(cfg, plan.previous, 0) + condition_flops(cfg)
         if cfg.reuse == "all_tokens":
             ema += _decoder_flops(cfg, plan.new + plan.masked, plan.previous)
     return 3 * student - detached + ema
@@ -90,6 +97,9 @@ def paper_gflops(cfg: ENATConfig, plans: Sequence[Plan]) -> float:
     """A generation in the unit of the paper's ablations: multiply-adds, in billions.
 
     Its figures fit (within 5%, each of them) a sampler that runs both branches and adaLN at every
-    step, which the reference does; ours leaves out what no step reads.
+    step, which the reference does; ours leaves out what no step reads. What is done once for a
+    caption counts once.
     """
-    return sum(step_flops(cfg, plan) + condition_flops(cfg) for plan in plans) / 1e9
+    conditions = 1 if cfg.condition == "text" else len(plans)
+    steps = sum(step_flops(cfg, plan) for plan in plans)
+    return (steps + conditions * condition_flops(cfg)) / 1e9

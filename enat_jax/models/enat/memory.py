@@ -76,7 +76,7 @@ class LastLayer:
         if row.counts is not None:
             pairs = zip(row.previous, row.counts, strict=True)
             valid = [exist(size, count.previous) for size, count in pairs]
-        return network.encode(condition, tokens, Segments(row.previous, valid=valid))
+        return network.encode(condition, tokens, Segments(row.previous, valid=valid))[0]
 
     def counts(self, recalled: Carried | None, row: RowPlan) -> list[int]:
         """How many recalled tokens there are of each image."""

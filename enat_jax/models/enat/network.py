@@ -131,10 +131,15 @@ class ENAT(nnx.Module):
         *,
         recalled: Carried | None = None,
         key: jax.Array | None = None,
-    ) -> Carried:
-        """Features of new tokens, which read each other and normalised features of earlier ones."""
+    ) -> tuple[Carried | None, EmbeddedCondition]:
+        """Features of new tokens, which read each other and normalised features of earlier ones.
+
+        And the condition as the decoder is to read it. Where no token is new, there are none.
+        """
+        if not tokens.ids.shape[1]:
+            return None, condition
         x = self.embed(tokens.ids, tokens.positions, key)
-        return self.memory.encode(self, x, condition.encoder, recalled, segments)
+        return self.memory.encode(self, x, condition.encoder, recalled, segments), condition
 
     def decode(
         self,
@@ -173,16 +178,16 @@ class ENAT(nnx.Module):
             pairs = zip(readable, masked, strict=True)
             everything = [jnp.concatenate(parts, axis=-1) for parts in pairs]
 
-        previous = new = earlier = None
+        previous = earlier = None
         context, blocks = [], []
         if recalled is not None and recalled.shape[1]:
             previous = memory.project(self.reuse_projection, recalled)
             earlier = normalised(previous)
             context.append(memory.last_layer(earlier))
             blocks.append(counts)
-        if tokens.ids.shape[1]:
-            segments = Segments(row.new, [counts], readable)
-            new = self.encode(condition, tokens, segments, recalled=earlier, key=encoder_key)
+        segments = Segments(row.new, [counts], readable)
+        new, condition = self.encode(condition, tokens, segments, recalled=earlier, key=encoder_key)
+        if new is not None:
             context.append(normalised(memory.last_layer(new)))
             blocks.append(row.new)
         x = self.embed(self.cfg.mask_id, tokens.masked_positions, decoder_key)

@@ -73,7 +73,7 @@ class TextENAT(ENAT):
         *,
         recalled: Carried | None = None,
         key: jax.Array | None = None,
-    ) -> Carried:
+    ) -> tuple[Carried | None, EmbeddedCondition]:
         """As ENAT's, with captions before what is recalled."""
         recalled, segments = self._after_text(condition, recalled, segments)
         return super().encode(condition, tokens, segments, recalled=recalled, key=key)
