@@ -1,4 +1,4 @@
-"""Images of given classes from a workdir."""
+"""Images of given classes or captions from a workdir."""
 
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,7 @@ from enat_jax.cli.shared_flags import generates, restored, whole_number, whole_n
 from enat_jax.errors import UserError
 
 _MOST_IMAGES = 10**8  # of one call: class ids alone take 800 MB
+_MOST_BYTES = 2**28  # of a file of captions
 
 
 def define(values: flags.FlagValues) -> None:
@@ -19,7 +20,11 @@ def define(values: flags.FlagValues) -> None:
                       "a labelled grid, single PNGs, the ADM suite's npz, or token ids",
                       values)  # fmt: skip
     flags.DEFINE_list("classes", [], "class ids, such as 3,7; all by default", values)
-    whole_number(values, "per_class", 10, "images of each class")
+    flags.DEFINE_multi_string("prompt", [], "a caption, in place of classes; may be repeated",
+                              flag_values=values)  # fmt: skip
+    flags.DEFINE_string("prompts", "", "a file of captions, one a line", values)
+    flags.DEFINE_string("negative_prompt", "", "a caption that guidance leads away from", values)
+    whole_number(values, "per_class", 10, "images of each class or caption")
     host_flags.define(values)
 
 
@@ -32,17 +37,24 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     from enat_jax.parallel.hosts import is_primary
     from enat_jax.sampling.sampler import sampler_of
 
-    classes, run = whole_numbers(args, "classes"), restored(args, overrides)
-    classes = classes or range(run.config.model.num_classes)
-    if (total := len(classes) * args.per_class) > _MOST_IMAGES:
-        raise UserError(f"{len(classes)} classes x --per_class={args.per_class} = {total} images,"
+    classes, prompts = whole_numbers(args, "classes"), _prompts(args)
+    run = restored(args, overrides)
+    if run.config.model.condition == "class" and not prompts:
+        classes = classes or list(range(run.config.model.num_classes))
+    kinds, what = (prompts, "captions") if prompts else (classes, "classes")
+    if (total := len(kinds) * args.per_class) > _MOST_IMAGES:
+        raise UserError(f"{len(kinds)} {what} x --per_class={args.per_class} = {total} images,"
                         f" must be at most {_MOST_IMAGES}")  # fmt: skip
-    sampler, wanted = sampler_of(run), np.repeat(classes, args.per_class)
+    sampler = sampler_of(run)
+    wanted = np.repeat(np.arange(len(prompts)) if prompts else classes, args.per_class)
+    asked: dict[str, Any] = {"class_ids": wanted, "negative_prompt": args.negative_prompt}
+    if prompts:
+        asked |= {"class_ids": classes, "prompts": [prompts[number] for number in wanted]}
     out = pathlib.Path(args.out)
     if args.format in ("npz", "tokens") and out.suffix != ".npz":
         raise UserError(f"--out={out} must end in .npz for --format={args.format}")
     make = sampler.token_batches if args.format == "tokens" else sampler.image_batches
-    batches = make(wanted, seed=args.seed)
+    batches = make(**asked, seed=args.seed)
     if not is_primary():  # the work is shared, the writing is not
         for _ in batches:
             pass
@@ -51,18 +63,34 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     batches = _watched(batches, len(wanted))
     if args.format == "tokens":
-        arrays = {"token_ids": np.concatenate(list(batches)), "class_ids": wanted}
-        write_arrays(out, arrays)
+        labels = {"prompts": np.array(asked["prompts"])} if prompts else {"class_ids": wanted}
+        write_arrays(out, {"token_ids": np.concatenate(list(batches)), **labels})
     elif args.format == "grid":
-        names = [*sampler.class_names, "any"]
+        names = prompts or [*sampler.class_names, "any"]
         grid = images.image_grid(np.concatenate(list(batches)), [names[c] for c in wanted])
         images.write_png(out, grid)
     elif args.format == "png":
-        images.write_pngs(out, batches, wanted)
+        images.write_pngs(out, batches, wanted, "prompt" if prompts else "class")
     else:
         images.write_npz(out, batches, wanted)
     print(f"wrote {len(wanted)} images to {out}")
     return 0
+
+
+def _prompts(args: flags.FlagValues) -> list[str]:
+    """The captions of both flags."""
+    from enat_jax.files import read_bytes
+
+    lines: list[str] = []
+    if args.prompts:
+        try:
+            text = read_bytes(pathlib.Path(args.prompts), most=_MOST_BYTES).decode()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts={args.prompts}: {error}") from error
+        lines = [line for line in map(str.strip, text.splitlines()) if line]
+        if not lines:
+            raise UserError(f"--prompts={args.prompts}: holds no captions")
+    return [*args.prompt, *lines]
 
 
 def _watched(batches: Iterable[Any], total: int) -> Iterator[Any]:

@@ -60,12 +60,13 @@ def write_pngs(
     folder: str | os.PathLike[str],
     batches: Iterable[UInt8[np.ndarray, "_ y x 3"]],
     class_ids: Int[np.ndarray, " b"],
+    kind: str = "class",
 ) -> None:
     """Writes `00000_class_3.png` and so on into a folder, batch by batch."""
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     images = itertools.chain.from_iterable(batches)
     for index, (image, label) in enumerate(zip(images, class_ids, strict=True)):
-        write_png(pathlib.Path(folder) / f"{index:05d}_class_{label}.png", image)
+        write_png(pathlib.Path(folder) / f"{index:05d}_{kind}_{label}.png", image)
 
 
 def write_npz(

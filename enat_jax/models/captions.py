@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -30,6 +31,16 @@ class Captions(NamedTuple):
 def null_captions(condition: Captions) -> Captions:
     """The condition of guidance's other branch."""
     return condition._replace(text=condition.empty)
+
+
+def condition_shapes(cfg: TransformerConfig, images: int, **options: Any) -> Any:
+    """Shapes of the conditions of a batch: class ids, or captions; options as of the shapes."""
+    if cfg.condition == "class":
+        return jax.ShapeDtypeStruct((images,), jnp.int32, **options)
+    text = jax.ShapeDtypeStruct((images, cfg.text_length), jnp.int32, **options)
+    if not cfg.text_vocabulary:
+        text = jax.ShapeDtypeStruct((*text.shape, cfg.text_width), jnp.float32, **options)
+    return Captions(text, text)
 
 
 def text_projection_flops(cfg: TransformerConfig) -> float:

@@ -18,9 +18,10 @@ class TransformerConfig:
             records when training starts.
         num_classes: number of classes, also the null class's id; 0 is read likewise.
         condition: what images are made from.
-        text_length: tokens of a caption.
+        text_length: tokens of a caption; 0 is read from the records when training starts.
         text_width: features of each as its encoder gives them, or of a word in the table.
-        text_vocabulary: ids of the learned table of words; 0 reads an encoder's features.
+        text_vocabulary: ids of the learned table of words, read likewise; 0 reads an encoder's
+            features.
         width: features per token.
         num_heads: attention heads; divides `width`.
         mlp_ratio: hidden width of the MLPs over `width`.
@@ -49,8 +50,8 @@ class TransformerConfig:
     remat: Remat = "none"
 
     RULES = (
-        ("text_length condition", lambda n, condition: (n > 0) == (condition == "text"),
-         "must be 0 for classes, at least 1 for text: {1}"),
+        ("text_length condition", lambda n, condition: n == 0 or condition == "text",
+         "must be 0 for classes: {1}"),
         ("text_width condition", lambda n, condition: (n > 0) == (condition == "text"),
          "must be 0 for classes, at least 1 for text: {1}"),
         ("text_vocabulary condition", lambda n, condition: n == 0 or condition == "text",

@@ -12,6 +12,7 @@ from enat_jax.config import Config
 from enat_jax.core.generate import Layout, TracedStrategy, generate, image_noise, plan_generation
 from enat_jax.core.strategy import GenerationStrategy
 from enat_jax.errors import UserError
+from enat_jax.models.captions import condition_shapes
 from enat_jax.models.flops import step_flops
 from enat_jax.models.layers import cast_kernels
 from enat_jax.models.networks import abstract_params, make_network
@@ -37,7 +38,7 @@ class GenerationProgram:
 
     Attributes:
         run: the jitted function of the network's parameters, the tokenizer's, conditions (class
-            ids `[b]`), image ids `[b]`, the strategy's numbers and the key; `layout` and `output`
+            ids `[b]`, or `Captions`), image ids `[b]`, the strategy's numbers and the key; `layout` and `output`
             are given by name. It returns token ids or images, split over the devices by image.
         decode: the jitted second half of it: images of the tokenizer's weights and token ids
             `[b n]`; `output` is given by name.
@@ -140,12 +141,15 @@ class GenerationProgram:
         layout, traced = self.plan()
         ids = jax.ShapeDtypeStruct((batch_size or self.batch_size(),), jnp.int32)
         ids = ids.update(sharding=self.placement.batch)
+        condition = condition_shapes(
+            self.config.model, ids.shape[0], sharding=self.placement.batch
+        )
         small = (self.decoder(output), traced, jax.eval_shape(lambda: jax.random.key(0)))
         decoder, traced, key = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.placement.replicated),
             small,
         )
-        given = (self.params, decoder, ids, ids, traced, key)
+        given = (self.params, decoder, condition, ids, traced, key)
         return self.run.lower(*given, layout=layout, output=output)
 
     def _network(self) -> nnx.Module:

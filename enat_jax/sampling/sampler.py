@@ -4,15 +4,16 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Array, Int, PyTree, UInt8
 
+from enat_jax.checkpoints.caption_reader import load_caption_reader
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_tokenizer
 from enat_jax.config import MAY_DIFFER, Config, config_from_dict
@@ -23,6 +24,7 @@ from enat_jax.models.networks import abstract_params
 from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram, Layers, Output
+from enat_jax.text.reader import CaptionReader
 from enat_jax.tokenizers.protocol import Tokenizer
 
 
@@ -38,6 +40,7 @@ class Sampler:
             config says. All processes then make a sampler of the same things, and ask it for the
             same images together.
         layers: as `GenerationProgram`'s.
+        reader: of the captions, for a network that is given those.
     """
 
     def __init__(
@@ -47,10 +50,11 @@ class Sampler:
         *,
         class_names: Sequence[str] | None = None,
         tokenizer: Tokenizer | None = None,
+        reader: CaptionReader | None = None,
         placement: Placement | None = None,
         layers: Layers = "auto",
     ):
-        self.config = config
+        self.config, self.reader = config, reader
         self.class_names = list(class_names or map(str, range(config.model.num_classes)))
         self.placement = placement or Placement.of(config.mesh)
         self.tokenizer = tokenizer or load_tokenizer(
@@ -76,8 +80,10 @@ class Sampler:
 
     def batches(
         self,
-        class_ids: Sequence[int] | np.ndarray,
+        class_ids: Sequence[int] | np.ndarray = (),
         *,
+        prompts: Sequence[str] = (),
+        negative_prompt: str = "",
         output: Output,
         seed: int = 0,
         first: int = 0,
@@ -88,8 +94,12 @@ class Sampler:
     ) -> Iterator[tuple[int, Any]]:
         """Generates on the devices, batch by batch; image i depends on seed, i and its class alone.
 
+        Or on its prompt, where the network is given captions.
+
         Args:
             class_ids: one class per image, in [0, num_classes]; num_classes is "any class".
+            prompts: one caption per image instead.
+            negative_prompt: what guidance leads away from, in place of the empty caption.
             output: token ids `[b n]`, images in [0, 1] as they come from the decoder
                 `[b y x 3]`, or those rounded to 256 levels.
             seed: of the noise.
@@ -104,41 +114,57 @@ class Sampler:
             filled up.
 
         Raises:
-            UserError: no images, a class id out of range, a strategy that cannot be, or images
-                asked of a model without a tokenizer.
+            UserError: no images, a class id out of range, classes asked of a model of captions or
+                the other way round, a strategy that cannot be, or images asked of a model without
+                a tokenizer.
         """
         decoder, placement = self.program.decoder(output), self.placement
-        classes = self._checked(class_ids)
+        given, condition = self._asked(class_ids, prompts, negative_prompt)
         layout, traced = plan or self.program.plan(**strategy)
-        size = batch_size or self.program.batch_size(len(classes))
+        size = batch_size or self.program.batch_size(len(given))
         traced, key = placement.put((traced, jax.random.key(seed)))
         run = run or self.program.run
-        for start in range(first, len(classes), size):
+        for start in range(first, len(given), size):
             ids = np.arange(start, start + size, dtype=np.int32)
-            batch = classes[np.minimum(ids, len(classes) - 1)]  # the last one is filled up
-            by_image = placement.put((batch, ids), placement.batch)
-            made = run(self.params, decoder, *by_image, traced, key, layout=layout, output=output)
-            yield min(size, len(classes) - start), made
+            batch = given[np.minimum(ids, len(given) - 1)]  # the last one is filled up
+            batch, ids = placement.put((batch, ids), placement.batch)
+            arguments = (self.params, decoder, condition(batch), ids, traced, key)
+            yield min(size, len(given) - start), run(*arguments, layout=layout, output=output)
 
     def token_batches(
-        self, class_ids: Sequence[int] | np.ndarray, *, seed: int = 0, **strategy: Any
+        self, class_ids: Sequence[int] | np.ndarray = (), *, seed: int = 0, **strategy: Any
     ) -> Iterator[Int[np.ndarray, "b n"]]:
         """Generates token ids, batch by batch, on every host; arguments as in `batches`."""
         for count, tokens in self.batches(class_ids, output="token_ids", seed=seed, **strategy):
             yield all_gather(tokens)[:count]
 
     def image_batches(
-        self, class_ids: Sequence[int] | np.ndarray, *, seed: int = 0, **strategy: Any
+        self, class_ids: Sequence[int] | np.ndarray = (), *, seed: int = 0, **strategy: Any
     ) -> Iterator[UInt8[np.ndarray, "b y x 3"]]:
         """Generates images, batch by batch, on every host; arguments as in `batches`."""
         for count, images in self.batches(class_ids, output="uint8", seed=seed, **strategy):
             yield all_gather(images)[:count]
 
     def sample(
-        self, class_ids: Sequence[int] | np.ndarray, *, seed: int = 0, **strategy: Any
+        self, class_ids: Sequence[int] | np.ndarray = (), *, seed: int = 0, **strategy: Any
     ) -> UInt8[np.ndarray, "b y x 3"]:
         """Generates images, all on every host; arguments and errors as in `batches`."""
         return np.concatenate(list(self.image_batches(class_ids, seed=seed, **strategy)))
+
+    def _asked(
+        self, class_ids: Sequence[int] | np.ndarray, prompts: Sequence[str], negative_prompt: str
+    ) -> tuple[Int[np.ndarray, "b ..."], Callable[[Array], PyTree]]:
+        """Numbers for each image, and what makes a batch's condition of some of them."""
+        if self.reader is None:
+            if len(prompts) or negative_prompt:
+                raise UserError("this model makes images of classes: it reads no prompts")
+            return self._checked(class_ids), lambda batch: batch
+        if len(class_ids):
+            raise UserError("this model makes images of captions: give prompts, not classes")
+        if not len(prompts):
+            raise UserError("this model makes images of captions: give at least one prompt")
+        reader, (empty,) = self.reader, self.reader.ids([negative_prompt])
+        return reader.ids(prompts), lambda batch: reader.condition(batch, empty)
 
     def _checked(self, class_ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " b"]:
         classes = np.asarray(class_ids)
@@ -161,6 +187,7 @@ class Restored(NamedTuple):
     step: int
     class_names: Sequence[str] | None
     tokenizer_digest: str
+    text: Mapping[str, Any] | None = None
 
 
 def restore(
@@ -192,6 +219,7 @@ def restore(
         step=found[0],
         class_names=metadata.get("class_names"),
         tokenizer_digest=metadata.get("tokenizer_digest", ""),
+        text=metadata.get("text"),
     )
 
 
@@ -216,12 +244,14 @@ def sampler_of(restored: Restored, *, mesh: Mesh | None = None, layers: Layers =
         CheckpointError: the tokenizer is not the one whose tokens the model was trained on.
     """
     config, trained_on = restored.config, restored.tokenizer_digest
+    placement = Placement(mesh, config.mesh.placement) if mesh else Placement.of(config.mesh)
     sampler = Sampler(
         config,
         restored.ema,
         class_names=restored.class_names,
-        placement=Placement(mesh, config.mesh.placement) if mesh else None,
+        placement=placement,
         layers=layers,
+        reader=load_caption_reader(config.text, restored.text, placement),
     )
     if sampler.tokenizer is not None and trained_on not in ("", sampler.tokenizer.digest):
         raise CheckpointError(

@@ -15,11 +15,13 @@ from enat_jax.config import Config
 from enat_jax.core.plans import Plan, training_plans
 from enat_jax.data.pictures import image_grid
 from enat_jax.errors import UserError
+from enat_jax.models.captions import condition_shapes
 from enat_jax.models.flops import training_flops
 from enat_jax.models.networks import make_network
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.sampler import Sampler
+from enat_jax.text.reader import CaptionReader
 from enat_jax.tokenizers.protocol import Tokenizer
 from enat_jax.training.optim import learning_rate_schedule, make_optimizer
 from enat_jax.training.step import TrainState, training_step
@@ -87,7 +89,8 @@ class TrainingPrograms(Programs):
     """The programs of ENAT and AutoNAT, one for each row of strata.
 
     The config's numbers of classes and codes are known. The tokenizer decodes what a run shows,
-    under the names of the classes (by default their numbers); None shows nothing.
+    under the names of the classes (by default their numbers), or of some captions; None shows
+    nothing. A network of captions needs their reader.
 
     Raises:
         UserError: a batch or attention heads that do not divide over the mesh.
@@ -99,11 +102,14 @@ class TrainingPrograms(Programs):
         placement: Placement,
         tokenizer: Tokenizer | None = None,
         class_names: Sequence[str] = (),
+        reader: CaptionReader | None = None,
+        captions: Sequence[str] = (),
     ):
         placement.check_attention(config.model)
         cfg = config.train
         super().__init__(config, placement, cfg.images_per_row * cfg.accumulation)
         self._tokenizer, self._class_names = tokenizer, class_names
+        self._reader, self._captions = reader, captions
         self._sampler: Sampler | None = None
         self.rows = self._rows()
         step = functools.partial(
@@ -164,14 +170,12 @@ class TrainingPrograms(Programs):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What the programs take, by shape and place: state, token ids, class ids, key."""
-        images, length = self.config.train.batch_size, self.config.model.length
-        tokens, classes = (
-            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.batch)
-            for shape in ((images, length), (images,))
-        )
+        """What the programs take, by shape and place: state, token ids, conditions, key."""
+        images, model, batch = self.config.train.batch_size, self.config.model, self.placement.batch
+        tokens = jax.ShapeDtypeStruct((images, model.length), jnp.int32, sharding=batch)
+        condition = condition_shapes(model, images, sharding=batch)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return self.abstract, tokens, classes, key.update(sharding=self.placement.replicated)
+        return self.abstract, tokens, condition, key.update(sharding=self.placement.replicated)
 
     def program(self, step: int) -> int:
         """Which program a step runs: every host draws the same, each once in `programs` steps."""
@@ -182,12 +186,15 @@ class TrainingPrograms(Programs):
     def step(
         self, step: int, state: TrainState, batch: dict[str, np.ndarray], key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimiser step; the batch holds `token_ids` and `class_ids`."""
+        """One optimiser step; the batch holds `token_ids`, and `class_ids` or `caption_ids`."""
         count = self.config.train.batch_size
-        tokens, classes = (
-            self.placement.put_batch(batch[name], count) for name in ("token_ids", "class_ids")
+        given = "class_ids" if self._reader is None else "caption_ids"
+        tokens, condition = (
+            self.placement.put_batch(batch[name], count) for name in ("token_ids", given)
         )
-        return self.programs[self.program(step)](state, tokens, classes, key)
+        if self._reader is not None:
+            condition = self._reader.condition(condition)
+        return self.programs[self.program(step)](state, tokens, condition, key)
 
     def summary(self, done: int, images_per_second: float) -> dict[str, float]:
         """The learning rate; the FLOP rate by formula, and its share of the devices' if known."""
@@ -199,7 +206,7 @@ class TrainingPrograms(Programs):
         return values
 
     def show(self, state: TrainState) -> Shown | None:
-        """A grid of what the EMA generates of some classes; None without a tokenizer."""
+        """A grid of what the EMA makes of some classes or captions; None without a tokenizer."""
         if self._tokenizer is None:
             return None
         if self._sampler is None:
@@ -209,9 +216,13 @@ class TrainingPrograms(Programs):
                 class_names=self._class_names,
                 tokenizer=self._tokenizer,
                 placement=self.placement,
+                reader=self._reader,
             )
         else:
             self._sampler.update(state.ema)
+        if self._reader is not None:
+            images = self._sampler.sample(prompts=self._captions)
+            return image_grid(images, self._captions), {}
         shown = min(self.config.model.num_classes, _GRID_CLASSES)
         classes = np.repeat(np.arange(shown), _GRID_CLASSES)
         names = [self._sampler.class_names[c] for c in classes]

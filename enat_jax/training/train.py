@@ -3,16 +3,21 @@
 import dataclasses
 from collections.abc import Callable
 
+from enat_jax.checkpoints.caption_reader import load_caption_reader
 from enat_jax.checkpoints.tokenizer import load_tokenizer
 from enat_jax.config import MAY_DIFFER, Config
-from enat_jax.data.batches import RecordInfo, record_info, training_batches
+from enat_jax.data.batches import RecordInfo, first_captions, record_info, training_batches
 from enat_jax.errors import UserError
 from enat_jax.files import Path
 from enat_jax.parallel import hosts
+from enat_jax.models.networks import NetworkConfig
 from enat_jax.parallel.placement import Placement
+from enat_jax.text.reader import CaptionReader
 from enat_jax.training.loop import training_loop
 from enat_jax.training.programs import TrainingPrograms
 from enat_jax.training.workdir import Workdir
+
+_SHOWN = 25  # captions of a picture of what has been learnt
 
 
 def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print) -> None:
@@ -27,16 +32,23 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
     """
     log = hosts.primary_only(log)
     info = record_info(config.data)
+    placement = Placement.of(config.mesh)
+    reader = load_caption_reader(config.text, info.text, placement)
     model = dataclasses.replace(  # what the config leaves to the records
         config.model,
         num_classes=config.model.num_classes or info.num_classes,
         codebook_size=config.model.codebook_size or info.codebook_size,
+        **({} if reader is None else text_sizes(config.model, reader)),
     )
     config = dataclasses.replace(config, model=model)
     run = Workdir(
         workdir,
         config,
-        metadata={"class_names": list(info.class_names), "tokenizer_digest": info.tokenizer_digest},
+        metadata={
+            "class_names": list(info.class_names),
+            "tokenizer_digest": info.tokenizer_digest,
+            **({} if info.text is None else {"text": dict(info.text)}),
+        },
         stream={
             "train.seed": config.train.seed,
             "data.name": config.data.name,
@@ -48,7 +60,6 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
         log=log,
     )
     _check_records(config, info)
-    placement = Placement.of(config.mesh)
     tokenizer = load_tokenizer(config.tokenizer, model.codebook_size, placement)
     if tokenizer is not None and info.tokenizer_digest not in ("", tokenizer.digest):
         raise UserError(
@@ -56,7 +67,10 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
             f" {tokenizer.digest[:12]}, the records {config.data.name} were made with"
             f" {info.tokenizer_digest[:12]}"
         )
-    programs = TrainingPrograms(config, placement, tokenizer, info.class_names)
+    captions = () if reader is None else first_captions(config.data, _SHOWN)
+    programs = TrainingPrograms(
+        config, placement, tokenizer, info.class_names, reader=reader, captions=captions
+    )
     if config.train.strata == "drawn":
         log(f"what pads the strata of {len(programs.rows)} programs adds"
             f" {100 * programs.padding:.1f}% FLOPs")  # fmt: skip
@@ -69,6 +83,20 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
         )
 
 
+def text_sizes(model: NetworkConfig, reader: CaptionReader) -> dict[str, int]:
+    """The sizes of captions that a config leaves to their reader."""
+    tokenizer, encoder = reader.tokenizer, reader.encoder
+    if encoder is None:
+        return {
+            "text_length": model.text_length or tokenizer.length,
+            "text_vocabulary": model.text_vocabulary or tokenizer.vocabulary,
+        }
+    return {
+        "text_length": model.text_length or tokenizer.length,
+        "text_width": model.text_width or encoder.width,
+    }
+
+
 def _check_records(config: Config, info: RecordInfo) -> None:
     """Refuses records that were made with something else than the config says."""
     pairs = {
@@ -77,6 +105,11 @@ def _check_records(config: Config, info: RecordInfo) -> None:
         "model.codebook_size": (config.model.codebook_size, info.codebook_size),
         "model.num_classes": (config.model.num_classes, info.num_classes),
     }
+    condition, name = ("class", "none") if info.text is None else ("text", info.text["name"])
+    pairs["model.condition"] = (config.model.condition, condition)
+    pairs["text.name"] = (config.text.name, name)
+    if info.text is not None:
+        pairs["model.text_length"] = (config.model.text_length, info.text["length"])
     wrong = [
         f"{name} = {ours}, the records have {theirs}"
         for name, (ours, theirs) in pairs.items()
