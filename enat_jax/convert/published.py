@@ -21,6 +21,7 @@ from enat_jax.convert.weight_file import about, read_weights
 from enat_jax.errors import UserError
 from enat_jax.evaluation.inception_weights import load_inception
 from enat_jax.files import Path, read_json
+from enat_jax.models.autonat import muse_weights
 from enat_jax.models.autonat import weights as autonat_weights
 from enat_jax.models.enat import weights as enat_weights
 from enat_jax.models.import_table import fill
@@ -64,8 +65,9 @@ def read_network(
             told = {field: size for field, size in sizes.items() if "+" not in field}
             told |= _read_beside(pathlib.Path(source).with_name("config.json"), table.BESIDE)
             side = math.isqrt(sizes["length"])
-            sections = {"model": {"name": name, **told}, "tokenizer": {"grid": (side, side)}}
-            config = config_from_dict(sections | table.RECIPE)
+            model = {"name": name, **table.RECIPE.get("model", {}), **told}
+            sections = {"model": model, "tokenizer": {"grid": (side, side)}}
+            config = config_from_dict({**table.RECIPE, **sections})
         ours = {s: sum(getattr(config.model, field) for field in s.split(" + ")) for s in sizes}
         wrong = [
             f"model.{s.replace(' + ', ' + model.')} = {ours[s]}, the weights have {sizes[s]}"
@@ -136,6 +138,7 @@ ALL = ("config", "key", "out")
 KINDS = {
     "enat": Kind(partial(read_network, "enat", enat_weights), ALL, 5e-5),
     "autonat": Kind(partial(read_network, "autonat", autonat_weights), ALL, 1e-4),
+    "muse": Kind(partial(read_network, "autonat", muse_weights), ALL, 1e-4),
     "vqgan": Kind(read_vqgan, ("key", "out"), 1e-4),
     "inception": Kind(read_inception, (), 1e-3),
 }

@@ -2,8 +2,9 @@
 
 An array's key says what it is of; arrays of other keys are left alone. Of `ENAT` and `AutoNAT`,
 below any prefix or none, a forward pass: `ids` (B, L), mask ids among them, with `logits`
-(B, L, V), `feat` (B, L, D) and `masking` (B, L) beside them, and one `context` (B, 1) of class ids
-in the file. ENAT's passes `<chain>/0/`, `<chain>/1/`, ... reuse each other's features.
+(B, L, V), `feat` (B, L, D) and `masking` (B, L) beside them, and in the file one `context` of class
+ids (B, 1) or of captions' features (B, T, E), then with `empty_context` (T, E). ENAT's passes
+`<chain>/0/`, `<chain>/1/`, ... reuse each other's features.
 
 Of `VQGAN`, channels first and images in [0, 1]: `image` (B, 3, Y, X) with `encoder_out`
 (B, C, V, U), `indices` (B, V, U) and their `decode` (B, 3, Y, X); `random_ids` (B, V, U) with
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from enat_jax.convert.weight_file import about
 from enat_jax.core.network import RowPlan, Tokens
@@ -27,6 +28,7 @@ from enat_jax.errors import UserError
 from enat_jax.evaluation.inception import Inception
 from enat_jax.files import Path
 from enat_jax.models.autonat.network import AutoNAT
+from enat_jax.models.captions import Captions
 from enat_jax.models.enat.network import ENAT
 from enat_jax.tokenizers.vqgan import VQGAN
 
@@ -120,17 +122,19 @@ class Pass(NamedTuple):
 def replay(
     model: ENAT | AutoNAT,
     ids: Int[np.ndarray, "b l"],
-    class_ids: Int[np.ndarray, " b"],
+    condition: PyTree,
     before: Pass | None = None,
 ) -> Pass:
     """One forward pass on token ids, mask ids among them; ENAT reuses the pass before.
+
+    The condition's leaves are `[b ...]`.
 
     Raises:
         UserError: images with different numbers of masked tokens, of ENAT.
     """
     masked = ids == model.cfg.mask_id
     if isinstance(model, AutoNAT):
-        logits, features = _run(_read_together, model, (), ids, class_ids)
+        logits, features = _run(_read_together, model, (), ids, condition)
         return Pass(logits, features, masked)
     previous = np.zeros_like(masked) if before is None else ~before.masked
     group = np.where(masked, 2, np.where(previous, 0, 1))
@@ -139,31 +143,42 @@ def replay(
     plan = Plan(*np.bincount(group[0], minlength=3).tolist())
     order = np.argsort(group, axis=1, kind="stable")
     features = jnp.zeros((*ids.shape, model.cfg.width)) if before is None else before.features
-    arrays = ids, class_ids, order, features
+    arrays = ids, condition, order, features
     logits, features = _run(_read_in_order, model, (plan,), *arrays)
     return Pass(logits, features, masked)
 
 
-def _read_together(model: AutoNAT, ids: Array, class_ids: Array) -> tuple[Array, Array]:
+def _read_together(model: AutoNAT, ids: Array, condition: PyTree) -> tuple[Array, Array]:
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     tokens = Tokens(ids, positions, positions[:, :0])  # mask ids are among the visible ones
     row = RowPlan((Plan(0, ids.shape[1], 0),))
-    features: Any = model(model.embed_condition(class_ids[:, None]), tokens, row).new
+    features: Any = model(_embedded(model, condition), tokens, row).new
     return model.logits(features), features
 
 
 def _read_in_order(
-    model: ENAT, ids: Array, class_ids: Array, order: Array, features: Array, plan: Plan
+    model: ENAT, ids: Array, condition: PyTree, order: Array, features: Array, plan: Plan
 ) -> tuple[Array, Array]:
     new = slice(plan.previous, plan.previous + plan.new)
     token_ids = jnp.take_along_axis(ids, order, axis=1)[:, new]
     recalled = jnp.take_along_axis(features, order[:, : plan.previous, None], axis=1)
     tokens = Tokens(token_ids, order[:, new], order[:, new.stop :])
-    condition = model.embed_condition(class_ids[:, None])
-    parts = model(condition, tokens, RowPlan((plan,)), recalled=recalled)
+    parts = model(_embedded(model, condition), tokens, RowPlan((plan,)), recalled=recalled)
     features = jnp.concatenate([part for part in parts if part is not None], axis=1)
     features = jnp.take_along_axis(features, jnp.argsort(order, axis=1)[..., None], axis=1)
     return model.logits(features), features
+
+
+def _embedded(model: ENAT | AutoNAT, condition: PyTree) -> Any:
+    return model.embed_condition(jax.tree.map(lambda x: x[:, None], condition))
+
+
+def recorded_condition(recorded: Arrays) -> PyTree:
+    """Class ids `[b]` or captions `[b t e]`."""
+    context = recorded["context"]
+    if context.ndim == 2:
+        return context[:, 0]
+    return Captions(context, np.broadcast_to(recorded["empty_context"], context.shape))
 
 
 def _tokens(model: ENAT | AutoNAT, recorded: Arrays) -> Replayed:
@@ -176,7 +191,7 @@ def _tokens(model: ENAT | AutoNAT, recorded: Arrays) -> Replayed:
             before = passes.get(f"{chain}/{int(link) - 1}/") if link.isdigit() else None
             if link.isdigit() and int(link) and before is None:
                 raise UserError(f"{prefix} continues a chain whose link before is not recorded")
-            passes[prefix] = replay(model, recorded[key], recorded["context"][:, 0], before)
+            passes[prefix] = replay(model, recorded[key], recorded_condition(recorded), before)
             for name, ours in zip(("logits", "feat", "masking"), passes[prefix], strict=True):
                 yield f"{prefix}{name}", ours
 

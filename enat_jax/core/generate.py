@@ -35,6 +35,7 @@ class TracedStrategy(NamedTuple):
     sampling_temperature: Float[Array, " t"]
     guidance_scale: Float[Array, " t"]
     priority: Float[Array, "t l"]  # of each position, see `core.orders`
+    logit_ranking: Float[Array, " t"]  # 1 where the confidence is the sampled id's logit, else 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def trace_strategy(strategy: GenerationStrategy, plans: Sequence[Plan]) -> Trace
         sampling_temperature=jnp.asarray(strategy.sampling_temperature, jnp.float32),
         guidance_scale=jnp.asarray(strategy.guidance_scale, jnp.float32),
         priority=jnp.asarray(priority, jnp.float32),
+        logit_ranking=jnp.full(len(plans), strategy.ranking == "logit", jnp.float32),
     )
 
 
@@ -263,6 +265,7 @@ def _step(
     sampled = jnp.argmax(log_probs / step.sampling_temperature + token_noise, axis=-1)
     sampled = sampled.astype(jnp.int32)
     confidence = jnp.take_along_axis(log_probs, sampled[..., None], axis=-1)[..., 0]
+    confidence = confidence + step.logit_ranking * (guided - log_probs)[..., 0]
     confidence = confidence + step.choice_temperature * choice_noise + step.priority[positions]
     if counts is not None:  # padding ranks last
         confidence = jnp.where(jnp.arange(shape.masked) < counts.masked, confidence, -jnp.inf)

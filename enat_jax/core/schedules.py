@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from enat_jax.core.orders import position_priority
-from enat_jax.core.strategy import GenerationStrategy, Masking
+from enat_jax.core.strategy import GenerationStrategy, Masking, Ranking
 
 Rule = Literal["enat", "maskgit", "file"]
 Schedule = Literal["cosine", "linear", "square", "cubic", "sqrt", "log", "arccos"]
@@ -34,6 +34,7 @@ class StrategyConfig:
         steps: number of network calls, 1 to the number of tokens; a file must have as many.
         schedule: the mask schedule's name.
         masking: how ratios become counts, see `GenerationStrategy.masked_counts`.
+        ranking: what confidence is made of, see `GenerationStrategy`.
         guidance_scale: reached (almost) at the last step, linearly from 0 at the first.
         choice_temperature: Gumbel scale on the confidence before the first step, annealed to 0.
         sampling_temperature: divides logits; see `rule`.
@@ -47,6 +48,7 @@ class StrategyConfig:
     steps: int = 8
     schedule: Schedule = "cosine"
     masking: Masking = "enat"
+    ranking: Ranking = "probability"
     guidance_scale: float = field(default=2.5, metadata={"at_least": 0})
     choice_temperature: float = field(default=1.5, metadata={"at_least": 0})
     sampling_temperature: float = field(default=6.0, metadata={"above": 0})
@@ -88,5 +90,6 @@ def make_strategy(cfg: StrategyConfig, length: int | None = None) -> GenerationS
         sampling_temperature=sampling,
         guidance_scale=cfg.guidance_scale * step / cfg.steps,
         masking=cfg.masking,
+        ranking=cfg.ranking,
         priority=position_priority(cfg.order, length),
     )

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 Masking = Literal["enat", "autonat"]
+Ranking = Literal["probability", "logit"]
 _LIMITS = {  # beyond these logits overflow float32
     "mask_ratio": (0, 1),
     "choice_temperature": (0, 1e6),
@@ -24,6 +25,8 @@ class GenerationStrategy:
         sampling_temperature: divides the logits, in [1e-6, 1e6].
         guidance_scale: s in `c + s (c - u)`, in [0, 1e6].
         masking: how ratios become counts.
+        ranking: what confidence is made of: the log-probability of the sampled id, or its logit, as
+            MUSE's code has it.
         priority: of each position, added to the confidence it is ranked by, `[l]`, or `[t l]` where
             steps differ; None for 0.
 
@@ -36,6 +39,7 @@ class GenerationStrategy:
     sampling_temperature: np.ndarray
     guidance_scale: np.ndarray
     masking: Masking = "enat"
+    ranking: Ranking = "probability"
     priority: np.ndarray | None = None
 
     def __post_init__(self) -> None:

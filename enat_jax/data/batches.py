@@ -113,6 +113,13 @@ def training_batches(cfg: DataConfig, share: Share, *, seed: int) -> grain.Datas
     return iter(batches.to_iter_dataset(options))
 
 
+def some_captions(cfg: DataConfig, count: int) -> list[str]:
+    """The first captions of so many records, evenly out of all."""
+    info, records = open_records(cfg)
+    chosen = np.linspace(0, info.num_records - 1, min(count, info.num_records)).astype(int)
+    return [record["captions"][0].decode() for record in records.read(chosen.tolist())]
+
+
 def shuffled(count: int, seed: int) -> grain.MapDataset:
     """The numbers below `count`, epoch after epoch, each shuffled anew by the seed (< 2**32)."""
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat()

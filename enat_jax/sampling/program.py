@@ -38,8 +38,8 @@ class GenerationProgram:
 
     Attributes:
         run: the jitted function of the network's parameters, the tokenizer's, conditions (class
-            ids `[b]`, or `Captions`), image ids `[b]`, the strategy's numbers and the key; `layout` and `output`
-            are given by name. It returns token ids or images, split over the devices by image.
+            ids `[b]`, or `Captions`), image ids `[b]`, the strategy's numbers and the key; `layout`
+            and `output` are given by name. It returns token ids or images, split over the devices by image.
         decode: the jitted second half of it: images of the tokenizer's weights and token ids
             `[b n]`; `output` is given by name.
         stored: shapes of the network's parameters as a checkpoint has them, placed.
@@ -141,9 +141,7 @@ class GenerationProgram:
         layout, traced = self.plan()
         ids = jax.ShapeDtypeStruct((batch_size or self.batch_size(),), jnp.int32)
         ids = ids.update(sharding=self.placement.batch)
-        condition = condition_shapes(
-            self.config.model, ids.shape[0], sharding=self.placement.batch
-        )
+        condition = condition_shapes(self.config.model, ids.shape[0], sharding=self.placement.batch)
         small = (self.decoder(output), traced, jax.eval_shape(lambda: jax.random.key(0)))
         decoder, traced, key = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.placement.replicated),

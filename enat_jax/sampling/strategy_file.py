@@ -32,7 +32,8 @@ def configured_strategy(cfg: StrategyConfig, length: int) -> GenerationStrategy:
     if cfg.rule != "file":
         return make_strategy(cfg, length)
     strategy = read_strategy(cfg.file, steps=cfg.steps, masking=cfg.masking)
-    return dataclasses.replace(strategy, priority=position_priority(cfg.order, length))
+    priority = position_priority(cfg.order, length)
+    return dataclasses.replace(strategy, priority=priority, ranking=cfg.ranking)
 
 
 def read_strategy(

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from enat_jax.checkpoints.caption_reader import load_caption_reader
 from enat_jax.checkpoints.tokenizer import load_tokenizer
 from enat_jax.config import MAY_DIFFER, Config
-from enat_jax.data.batches import RecordInfo, first_captions, record_info, training_batches
+from enat_jax.data.batches import RecordInfo, record_info, some_captions, training_batches
 from enat_jax.errors import UserError
 from enat_jax.files import Path
-from enat_jax.parallel import hosts
 from enat_jax.models.networks import NetworkConfig
+from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
 from enat_jax.text.reader import CaptionReader
 from enat_jax.training.loop import training_loop
@@ -67,7 +67,7 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
             f" {tokenizer.digest[:12]}, the records {config.data.name} were made with"
             f" {info.tokenizer_digest[:12]}"
         )
-    captions = () if reader is None else first_captions(config.data, _SHOWN)
+    captions = () if reader is None else some_captions(config.data, _SHOWN)
     programs = TrainingPrograms(
         config, placement, tokenizer, info.class_names, reader=reader, captions=captions
     )

@@ -1,8 +1,8 @@
 """Replays generations recorded from an original network on our own sampler.
 
 A generation is `final_ids` (B, L) with what `_replay` returns of every step; there or one prefix
-up `labels` (B, 1), the noise `gumbel_sample` (T, B, L, V) and `gumbel_conf` (T, B, L), and the
-strategy (T,), `n_mask_next`, `mask_temp`, `samp_temp` and `cfg_scale`.
+up `labels` (B, 1), if no condition is given, the noise `gumbel_sample` (T, B, L, V) and
+`gumbel_conf` (T, B, L), and the strategy (T,), `n_mask_next`, `mask_temp`, `samp_temp` and `cfg_scale`.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ AUTONAT_NAMES = {"mask_len": "n_mask_next", "manual_temp": "mask_temp",
                  "manual_samp_temp": "samp_temp", "manual_cfg": "cfg_scale"}  # fmt: skip
 
 
-def verify_generations(model, recorded):
+def verify_generations(model, recorded, condition=None, **strategy):
     """Compares an imported `ENAT` or `AutoNAT`, in float32, with all generations of a recording."""
     comparisons = []
     for key in recorded:
@@ -31,14 +31,14 @@ def verify_generations(model, recorded):
         own = {name.removeprefix(place): array for place in places
                for name, array in recorded.items() if name.startswith(place)}  # fmt: skip
         with jax.default_matmul_precision("highest"):
-            ours = _replay(model, own)
+            ours = _replay(model, own, condition, **strategy)
         comparisons += [compare(f"{prefix}{name}", array, recorded[f"{prefix}{name}"])
                         for name, array in ours.items()
                         if f"{prefix}{name}" in recorded]  # fmt: skip
     return comparisons
 
 
-def _replay(model, recorded):
+def _replay(model, recorded, condition, **changes):
     """What our own sampler decides on the recorded noise, in raster order.
 
     Returns:
@@ -47,19 +47,22 @@ def _replay(model, recorded):
         `uncond_logits` (T, B, L, V), those recorded, of other tokens as they were recorded.
     """
     given = {AUTONAT_NAMES.get(name, name): array for name, array in recorded.items()}
-    masked_after, labels = given["n_mask_next"], given["labels"][:, 0].astype(np.int32)
+    masked_after = given["n_mask_next"]
+    if condition is None:
+        condition = given["labels"][:, 0].astype(np.int32)
     cfg, steps = model.cfg, len(masked_after)
     strategy = GenerationStrategy(
         mask_ratio=np.append((masked_after[:-1] + 0.5) / cfg.length, 0.0),
         choice_temperature=np.append(given["mask_temp"], 0.0)[:steps],
         sampling_temperature=np.maximum(given["samp_temp"], 1e-4),
         guidance_scale=given["cfg_scale"],
+        **changes,
     )
     reads = {"reuse": cfg.carries_features, "reads_masked": cfg.carries_masked_features}
     cost = partial(step_flops, cfg)
     layout, traced = plan_generation(strategy, cfg.length, cost, buckets=1, **reads)
     noise = given["gumbel_sample"], given["gumbel_conf"]
-    final, (records,) = _generate(model, labels, traced, *noise, layout=layout)
+    final, (records,) = _generate(model, condition, traced, *noise, layout=layout)
     positions, logits, conditional, unconditional, sampled, confidence, _ = map(np.asarray, records)
     decided = {
         "is_mask": np.ones_like(positions, bool),
@@ -82,11 +85,11 @@ def _replay(model, recorded):
 
 
 @partial(jax.jit, static_argnames="layout")
-def _generate(model, class_ids, strategy, token_noise, choice_noise, *, layout):
+def _generate(model, condition, strategy, token_noise, choice_noise, *, layout):
     """Generates on noise that was recorded by position instead of drawn."""
 
     def noise(step, positions):
         tokens = jnp.take_along_axis(token_noise[step], positions[..., None], axis=1)
         return tokens, jnp.take_along_axis(choice_noise[step], positions, axis=1)
 
-    return generate(model, class_ids, strategy, noise, layout=layout)
+    return generate(model, condition, strategy, noise, layout=layout)

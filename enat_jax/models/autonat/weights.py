@@ -3,7 +3,7 @@
 import numpy as np
 from einops import rearrange
 
-from enat_jax.models.autonat.network import AutoNATConfig
+from enat_jax.models.autonat.config import AutoNATConfig
 from enat_jax.models.enat.weights import HEAD_TABLE, token_sizes
 from enat_jax.models.import_table import Rule, Weights, below, count_names, transpose
 
@@ -73,14 +73,16 @@ def rules(cfg: AutoNATConfig) -> list[Rule]:
     ]
 
 
-def sizes_from_weights(weights: Weights) -> dict[str, int | float]:
+def sizes_from_weights(
+    weights: Weights, classes: str = "context_embed.word_embeddings.weight"
+) -> dict[str, int | float]:
     """The fields of `AutoNATConfig` that the weights tell: all but the heads; see `token_sizes`."""
     sizes = token_sizes(
         weights,
         "AutoNAT",
         "token_emb.word_embeddings.weight",
         "token_emb.position_embeddings.weight",
-        "context_embed.word_embeddings.weight",
+        classes,
         "mid_block.mlp.fc1.weight",
     )
     return sizes | {"depth": count_names(r"((?:in|out)_blocks\.\d+)\.", weights)}
