@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from enat_jax.checkpoints.text_encoder import load_text_encoder
 from enat_jax.config import TextConfig
 from enat_jax.parallel.placement import Placement
 from enat_jax.text.reader import CaptionReader
@@ -34,4 +33,6 @@ def load_caption_reader(
         assert described is not None
         words = Words(described["words"], described["length"], warn=warn)
         return CaptionReader(words, None, placement)
+    from enat_jax.checkpoints.text_encoder import load_text_encoder
+
     return CaptionReader(*load_text_encoder(cfg.weights, placement), placement)

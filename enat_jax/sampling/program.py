@@ -39,7 +39,8 @@ class GenerationProgram:
     Attributes:
         run: the jitted function of the network's parameters, the tokenizer's, conditions (class
             ids `[b]`, or `Captions`), image ids `[b]`, the strategy's numbers and the key; `layout`
-            and `output` are given by name. It returns token ids or images, split over the devices by image.
+            and `output` are given by name. It returns token ids or images, split over the devices
+            by image.
         decode: the jitted second half of it: images of the tokenizer's weights and token ids
             `[b n]`; `output` is given by name.
         stored: shapes of the network's parameters as a checkpoint has them, placed.

@@ -2,7 +2,8 @@
 
 A generation is `final_ids` (B, L) with what `_replay` returns of every step; there or one prefix
 up `labels` (B, 1), if no condition is given, the noise `gumbel_sample` (T, B, L, V) and
-`gumbel_conf` (T, B, L), and the strategy (T,), `n_mask_next`, `mask_temp`, `samp_temp` and `cfg_scale`.
+`gumbel_conf` (T, B, L), and the strategy (T,), `n_mask_next`, `mask_temp`, `samp_temp` and
+`cfg_scale`.
 """
 
 from functools import partial

@@ -75,7 +75,7 @@ def test_weights_of_classes_are_named_as_such():
 @pytest.mark.slow  # two gigabytes
 def test_the_published_file_fits_by_its_names_and_shapes():
     published = json.loads((GOLDEN / "uvit_text/cc3m_285000_shapes.json").read_text())
-    shapes = published["files"]["nnet_ema.pth"]
+    shapes = published["shapes"]
     weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     sizes = muse_weights.sizes_from_weights(weights)
     cfg = dataclasses.replace(
