@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from enat_jax.checkpoints.store import CheckpointError
+from enat_jax.checkpoints.text_encoder import load_text_encoder
 from enat_jax.config import TextConfig
 from enat_jax.parallel.placement import Placement
 from enat_jax.text.reader import CaptionReader
@@ -20,19 +22,25 @@ def load_caption_reader(
 
     Args:
         cfg: which one.
-        described: what the records, or a checkpoint, say of the captions' ids.
+        described: what the records, or a checkpoint, say of it: words and digests.
         placement: of the devices.
         warn: called with one line on captions that do not fit.
 
     Raises:
-        UserError: no encoder where the config says.
+        CheckpointError: no encoder where the config says, or not the one that is described.
     """
     if cfg.name == "none" or (cfg.name == "words" and described is None):
         return None
-    if cfg.name == "words":
-        assert described is not None
+    described = described or {}
+    if cfg.name == "words" and "words" in described:
         words = Words(described["words"], described["length"], warn=warn)
         return CaptionReader(words, None, placement)
-    from enat_jax.checkpoints.text_encoder import load_text_encoder
-
-    return CaptionReader(*load_text_encoder(cfg.weights, placement), placement)
+    tokenizer, encoder = load_text_encoder(cfg.weights, placement, warn=warn)
+    reader = CaptionReader(tokenizer, encoder, placement)
+    for name, ours in reader.digests.items():
+        if described.get(name, ours) != ours:
+            raise CheckpointError(
+                f"text.weights = {cfg.weights!r} has {name} {ours[:12]}, the captions were read"
+                f" with {described[name][:12]}"
+            )
+    return reader

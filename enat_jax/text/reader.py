@@ -30,6 +30,12 @@ class CaptionReader:
         self._params = () if encoder is None else placement.put(encoder.params)
         self._condition = jax.jit(self._encode, out_shardings=placement.batch)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of all that decides a condition: the tokenizer, and the encoder's weights if any."""
+        encoder = {} if self.encoder is None else {"encoder_digest": self.encoder.digest}
+        return {"digest": self.tokenizer.digest, **encoder}
+
     def ids(self, captions: Sequence[str]) -> Int32[np.ndarray, "b t"]:
         """Ids of captions."""
         return self.tokenizer(captions)

@@ -47,7 +47,7 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
         metadata={
             "class_names": list(info.class_names),
             "tokenizer_digest": info.tokenizer_digest,
-            **({} if info.text is None else {"text": dict(info.text)}),
+            **({} if reader is None else {"text": {**info.text, **reader.digests}}),
         },
         stream={
             "train.seed": config.train.seed,
@@ -109,7 +109,9 @@ def _check_records(config: Config, info: RecordInfo) -> None:
     pairs["model.condition"] = (config.model.condition, condition)
     pairs["text.name"] = (config.text.name, name)
     if info.text is not None:
-        pairs["model.text_length"] = (config.model.text_length, info.text["length"])
+        length = info.text["length"]
+        pairs["model.text_length"] = (config.model.text_length, length)
+        pairs["text.length"] = (config.text.length or length, length)
     wrong = [
         f"{name} = {ours}, the records have {theirs}"
         for name, (ours, theirs) in pairs.items()
