@@ -14,7 +14,7 @@ from enat_jax.parallel.accelerators import Accelerator
 from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.training import programs as programs_module
 from enat_jax.training.programs import TrainingPrograms
-from enat_jax.training.train import _check_text, train
+from enat_jax.training.train import _check_records, train
 from tests.support.images import Letters
 from tests.support.records import CAPTIONED, PLAN, TEXT, toys, written
 from tests.support.runs import assert_same, entries, losses, saved
@@ -151,40 +151,31 @@ def test_the_first_state_depends_on_the_seed_alone(tiny_config):
     assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in pairs)
 
 
-def check_text(data_dir, records, cfg, digest=None):
-    """Records of classes, or with some fields of TEXT changed, beside a config."""
-    plan = dataclasses.asdict(PLAN if records is None else CAPTIONED)
-    written(data_dir, **plan | ({} if records is None else {"text": TEXT | records}))
-    config = Config(text=TextConfig(**cfg), data=toys(data_dir))
-    _check_text(config, record_info(config.data), digest and Letters(digest=digest))
-
-
-WORDS, CLIP = {"name": "words"}, {"name": "clip"}
+TEXT = {"name": "words", "digest": "12", "length": 4, "vocabulary": 3, "words": ["a", "b"]}
+CAPTIONS = ("model.condition=text", "model.num_classes=0", "model.text_width=8", "text.name=words")
 
 
 @pytest.mark.parametrize(
-    ("records", "cfg", "digest"),
+    ("overrides", "text", "problems"),
     [
-        (None, {}, None),
-        (WORDS, WORDS, None),
-        (WORDS, {**WORDS, "length": 4}, None),
-        (CLIP, CLIP, "5678"),
-    ],
-)
-def test_records_fit_the_text_that_read_their_captions(tmp_path, records, cfg, digest):
-    check_text(tmp_path, records, cfg, digest)
-
-
-@pytest.mark.parametrize(
-    ("records", "cfg", "digest", "message"),
-    [
-        (WORDS, {}, None, "text.name = none, the records have words$"),
-        (None, WORDS, None, "text.name = words, the records have none$"),
-        (WORDS, {**WORDS, "length": 5}, None, "text.length = 5, the records have 4$"),
-        (CLIP, CLIP, "9" * 64,
-         "the digest of text.weights' tokenizer = 999999999999, the records have 5678$"),
+        ((), TEXT, "model.condition = class, the records have text; text.name = none, the records"
+         " have words"),
+        (CAPTIONS, None, "model.condition = text, the records have class; text.name = words, the"
+         " records have none"),
+        ((*CAPTIONS, "text.length=5"), TEXT, "text.length = 5, the records have 4"),
+        ((*CAPTIONS, "model.text_length=5"), TEXT, "model.text_length = 5, the records have 4"),
+        ((*CAPTIONS, "text.length=4"), TEXT, ""),
     ],
 )  # fmt: skip
-def test_records_of_another_text_are_refused(tmp_path, records, cfg, digest, message):
-    with pytest.raises(UserError, match=f"config does not fit the records toys: {message}"):
-        check_text(tmp_path, records, cfg, digest)
+def test_records_of_another_text_are_refused(tiny_config, overrides, text, problems):
+    config = tiny_config(*overrides)
+    info = dataclasses.replace(record_info(config.data), text=text)
+    info = dataclasses.replace(info, num_classes=config.model.num_classes)
+    model = config.model
+    if text and model.condition == "text":
+        model = dataclasses.replace(model, text_length=model.text_length or text["length"])
+    config = dataclasses.replace(config, model=model)
+    with pytest.raises(UserError) if problems else contextlib.nullcontext() as caught:
+        _check_records(config, info)
+    if problems:
+        assert str(caught.value) == f"config does not fit the records digits: {problems}"
