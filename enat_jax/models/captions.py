@@ -24,8 +24,8 @@ class Captions(NamedTuple):
             images shall not be.
     """
 
-    text: Text
-    empty: Text
+    text: Any
+    empty: Any
 
 
 def null_captions(condition: Captions) -> Captions:

@@ -47,7 +47,7 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
         metadata={
             "class_names": list(info.class_names),
             "tokenizer_digest": info.tokenizer_digest,
-            **({} if reader is None else {"text": {**info.text, **reader.digests}}),
+            **({} if reader is None else {"text": {**(info.text or {}), **reader.digests}}),
         },
         stream={
             "train.seed": config.train.seed,
@@ -108,7 +108,7 @@ def _check_records(config: Config, info: RecordInfo) -> None:
     condition, name = ("class", "none") if info.text is None else ("text", info.text["name"])
     pairs["model.condition"] = (config.model.condition, condition)
     pairs["text.name"] = (config.text.name, name)
-    if info.text is not None:
+    if info.text is not None and config.text.name != "none":
         length = info.text["length"]
         pairs["model.text_length"] = (config.model.text_length, length)
         pairs["text.length"] = (config.text.length or length, length)

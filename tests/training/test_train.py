@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import shutil
 
@@ -7,7 +8,6 @@ import pytest
 from PIL import Image
 
 from enat_jax.__main__ import main
-from enat_jax.config import Config, TextConfig
 from enat_jax.data.batches import record_info
 from enat_jax.errors import UserError
 from enat_jax.parallel.accelerators import Accelerator
@@ -15,8 +15,7 @@ from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.training import programs as programs_module
 from enat_jax.training.programs import TrainingPrograms
 from enat_jax.training.train import _check_records, train
-from tests.support.images import Letters
-from tests.support.records import CAPTIONED, PLAN, TEXT, toys, written
+from tests.support.records import TEXT
 from tests.support.runs import assert_same, entries, losses, saved
 
 
@@ -151,20 +150,20 @@ def test_the_first_state_depends_on_the_seed_alone(tiny_config):
     assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in pairs)
 
 
-TEXT = {"name": "words", "digest": "12", "length": 4, "vocabulary": 3, "words": ["a", "b"]}
+WORDS = TEXT | {"name": "words"}
 CAPTIONS = ("model.condition=text", "model.num_classes=0", "model.text_width=8", "text.name=words")
 
 
 @pytest.mark.parametrize(
     ("overrides", "text", "problems"),
     [
-        ((), TEXT, "model.condition = class, the records have text; text.name = none, the records"
+        ((), WORDS, "model.condition = class, the records have text; text.name = none, the records"
          " have words"),
         (CAPTIONS, None, "model.condition = text, the records have class; text.name = words, the"
          " records have none"),
-        ((*CAPTIONS, "text.length=5"), TEXT, "text.length = 5, the records have 4"),
-        ((*CAPTIONS, "model.text_length=5"), TEXT, "model.text_length = 5, the records have 4"),
-        ((*CAPTIONS, "text.length=4"), TEXT, ""),
+        ((*CAPTIONS, "text.length=5"), WORDS, "text.length = 5, the records have 4"),
+        ((*CAPTIONS, "model.text_length=5"), WORDS, "model.text_length = 5, the records have 4"),
+        ((*CAPTIONS, "text.length=4"), WORDS, ""),
     ],
 )  # fmt: skip
 def test_records_of_another_text_are_refused(tiny_config, overrides, text, problems):
