@@ -18,8 +18,10 @@ from enat_jax.models.captions import Captions
 from enat_jax.models.enat.flops import paper_gflops
 from enat_jax.models.flops import condition_flops, generation_flops, step_flops, training_flops
 from enat_jax.models.networks import make_network
+from enat_jax.tokenizers.vqgan import VQGANConfig, abstract_vqgan
 from enat_jax.training.step import Draws, row_loss
 from tests.support.networks import CONFIGS as NETWORKS
+from tests.support.networks import parameter_count
 
 # Every kind of network, so wide that what the formula leaves out (norms, GELU, softmax, modulation
 # of activations) is a few percent of it. Blocked attention is masked, not saved.
@@ -182,6 +184,25 @@ def test_an_ablation_costs_what_the_paper_says(name, record_property):
     gflops = ours(CONFIGS / f"{name}.py")
     record_property("gflops", f"{gflops:.2f}, the paper's {PAPER[name]}")
     assert gflops == pytest.approx(PAPER[name], rel=0.05)
+
+
+def test_text_costs_what_the_paper_says_and_less_where_captions_are_encoded_once(record_property):
+    graphdef, weights = abstract_vqgan(VQGANConfig())
+
+    def decode(weights, token_ids):
+        return nnx.merge(graphdef, weights).decode(token_ids, (16, 16))
+
+    decoder = jax.jit(decode).lower(weights, ids(1, 256)).cost_analysis()["flops"] / 2e9
+    config = load_config(str(CONFIGS / "enat_b_coco.py"))
+    papers = dataclasses.replace(
+        config.model, key_value="shared", reuse_projection=False, text_every_step=True
+    )
+    plans = generation_plans(make_strategy(config.strategy).masked_counts(256), 256)
+    assert parameter_count(papers) == pytest.approx(116e6, rel=0.01)
+    tera = [(paper_gflops(cfg, plans) + decoder) / 1e3 for cfg in (papers, config.model)]
+    record_property("multiply-adds, 10^12", tera)
+    assert tera[0] == pytest.approx(0.3, rel=0.1)
+    assert tera[1] <= 0.24
 
 
 def test_the_papers_ablations_all_have_configs_of_their_sizes():
