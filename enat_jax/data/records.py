@@ -40,8 +40,8 @@ class RecordPlan:
         class_names: none where there are captions.
         shard_size: images per shard.
         text: what turned captions into ids: `name`, `digest`, `length` (ids per caption),
-            `vocabulary` (all are below), and `words` where it is a table of them. None where
-            there are classes.
+            `vocabulary` (all are below); `words` where it is a table of them, `encoder_digest`
+            where an encoder reads the ids. None where there are classes.
     """
 
     name: str

@@ -22,7 +22,7 @@ from enat_jax.data.records import RecordFolder, RecordPlan
 from enat_jax.errors import UserError
 from enat_jax.parallel.hosts import all_gather_text, from_primary
 from enat_jax.parallel.placement import Placement
-from enat_jax.text.protocol import TextTokenizer
+from enat_jax.text.protocol import TextEncoder, TextTokenizer
 from enat_jax.text.words import Words, words_of
 from enat_jax.tokenizers.protocol import Tokenizer
 
@@ -38,6 +38,7 @@ def tokenize(
     batch_size: int,
     placement: Placement,
     text: TextTokenizer | None = None,
+    encoder: TextEncoder | None = None,
     log: Callable[[str], object] = print,
 ) -> None:
     """Writes the records `data` of all `images`, or those that an earlier run did not get to.
@@ -61,6 +62,7 @@ def tokenize(
         placement: of this process's own devices, over which batches are split.
         text: `config.text`'s tokenizer, loaded; None for `words`, which are those of all captions,
             and for `none`.
+        encoder: `config.text`'s, whose digest the records name; None where there is none.
         log: called with lines for the user.
 
     Raises:
@@ -92,7 +94,7 @@ def tokenize(
         num_images=len(source),
         class_names=() if text else source.class_names,
         shard_size=images.shard_size,
-        text=_described(text) if text else None,
+        text=_described(text, encoder) if text else None,
     )
     folder = RecordFolder(plan, data.data_dir)
     if folder.finished:
@@ -206,11 +208,15 @@ def _words(source: ImageSource, length: int, log: Callable[[str], object]) -> Wo
     return words
 
 
-def _described(text: TextTokenizer) -> dict[str, Any]:
-    """What turns captions into ids, as records say it."""
+def _described(text: TextTokenizer, encoder: TextEncoder | None) -> dict[str, Any]:
+    """What turns captions into ids, and what is to read these, as records say it."""
     names = ("name", "digest", "length", "vocabulary")
-    words = {"words": list(text.words)} if isinstance(text, Words) else {}
-    return {name: getattr(text, name) for name in names} | words
+    described = {name: getattr(text, name) for name in names}
+    if isinstance(text, Words):
+        described["words"] = list(text.words)
+    if encoder is not None:
+        described["encoder_digest"] = encoder.digest
+    return described
 
 
 def _flips(source: ImageSource, captioned: bool, cfg: ImageConfig) -> tuple[bool, str]:

@@ -21,7 +21,7 @@ from enat_jax.data.tokenize import compiled_encoder, tokenize
 from enat_jax.errors import UserError
 from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.text.words import Words
-from tests.support.images import LEVELS, Letters, Patches, noise, png
+from tests.support.images import LEVELS, LetterEncoder, Letters, Patches, noise, png
 from tests.support.on_hosts import on_devices
 
 GRID = (3, 3)
@@ -284,9 +284,13 @@ class TestCaptions:
             np.testing.assert_array_equal(np.stack(record["caption_ids"]), words(captions))
 
     def test_a_tokenizer_that_was_loaded_reads_them_all_in_any_batches(self, captioned, tmp_path):
-        options = {"reader": "clip", "text": Letters()}
+        options = {"reader": "clip", "text": Letters(), "encoder": LetterEncoder("aa")}
         files = run(captioned, tmp_path / "a", **options)
         assert run(captioned, tmp_path / "b", batch_size=7, **options) == files
+        info = record_info(DataConfig(name="pictures", data_dir=str(tmp_path / "a")))
+        assert info.text == {
+            "name": "clip", "digest": "ffee", "length": 3, "vocabulary": 100, "encoder_digest": "aa"
+        }  # fmt: skip
         for record in records(tmp_path / "a"):
             ids = [[len(each), 0, 0] for each in record["captions"]]
             assert np.stack(record["caption_ids"]).tolist() == ids
