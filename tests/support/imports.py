@@ -1,5 +1,6 @@
 """Every import of published weights: its table, and weights as the published file has them."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from enat_jax.models.autonat import weights as autonat_weights
 from enat_jax.models.enat import weights as enat_weights
 from enat_jax.models.import_table import fill
 from enat_jax.models.networks import make_network
+from enat_jax.text import clip_weights
+from enat_jax.text.clip import CLIPText
 from enat_jax.tokenizers import vqgan_weights
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.golden.vqgan.load_state import load_state
@@ -29,7 +32,7 @@ SMALL_VQGAN = VQGANConfig(
 )
 VGG16 = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256, 17: 512, 19: 512, 21: 512,
          24: 512, 26: 512, 28: 512}  # width by layer  # fmt: skip
-NAMES = ["enat", "autonat", "vqgan", "vqgan_flax", "inception", "lpips"]
+NAMES = ["enat", "autonat", "vqgan", "vqgan_flax", "inception", "lpips", "clip_text"]
 
 
 class Import(NamedTuple):
@@ -56,6 +59,15 @@ def vqgan(cfg, layout, weights=None) -> Import:
     """The import of a VQGAN in a layout."""
     rules = vqgan_weights.rules(cfg, layout)
     return Import(partial(VQGAN, cfg), rules, vqgan_weights.never_read, weights or {})
+
+
+def clip_text(file, **changes) -> Import:
+    """The import of a recorded text tower, with some fields of its config changed."""
+    path = GOLDEN / "clip_text" / file
+    weights, beside = load_file(path), json.loads(path.with_name("config.json").read_text())
+    cfg = dataclasses.replace(clip_weights.config_of(weights, beside), **changes)
+    rules = clip_weights.rules(cfg, clip_weights.layout_of(weights))
+    return Import(partial(CLIPText, cfg), rules, clip_weights.never_read, weights)
 
 
 @functools.cache
@@ -86,6 +98,8 @@ def recorded(name: str) -> Import:
             shapes = json.loads((GOLDEN / "inception/state_dict_shapes.json").read_text())
             rules, unread = inception_weights.inception_rules(), inception_weights.never_read
             return Import(Inception, rules, unread, ones(shapes))
+        case "clip_text":
+            return clip_text("bigg/state_dict.safetensors")
         case "lpips":
             shapes, before = {"classifier.0.weight": (9, 7)}, 3
             for layer, width in VGG16.items():
