@@ -8,7 +8,7 @@ from enat_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum("kind", None, ["enat", "autonat", "vqgan", "inception"],
+    flags.DEFINE_enum("kind", None, ["enat", "autonat", "vqgan", "clip_text", "inception"],
                       "whose weights; inception's are read straight from the published file and"
                       " are only checked here", values, required=True)  # fmt: skip
     flags.DEFINE_string("source", None,
@@ -18,7 +18,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "says what weights cannot; enat, autonat", values)
     flags.DEFINE_multi_string("verify", [], "recorded arrays (.npz) to replay", values)
     flags.DEFINE_float("tolerance", None, "largest difference accepted; by default 5e-5 (enat),"
-                       " 1e-4 (autonat, vqgan), 1e-3 of the largest feature (inception)",
+                       " 1e-4 (autonat, vqgan), 1e-5 (clip_text), 1e-3 of the largest feature"
+                       " (inception)",
                        0, 1e30, flag_values=values)  # fmt: skip
     flags.DEFINE_string("out", None, "the workdir to write; not inception", values)
 

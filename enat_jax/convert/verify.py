@@ -8,6 +8,10 @@ in the file. ENAT's passes `<chain>/0/`, `<chain>/1/`, ... reuse each other's fe
 Of `VQGAN`, channels first and images in [0, 1]: `image` (B, 3, Y, X) with `encoder_out`
 (B, C, V, U), `indices` (B, V, U) and their `decode` (B, 3, Y, X); `random_ids` (B, V, U) with
 `random_decode`. Of `Inception`: `<name>/images` (B, 3, Y, X) with `<name>/features` (B, 2048).
+
+Of `CLIPText`: `ids/<name>` (B, T) with any of `<name>/hidden_states` (K+1, B, T, D), what the first
+block reads and what each block gives, `<name>/last_hidden_state` (B, T, D), of which the last norm
+is, `<name>/penultimate_final_ln` (B, T, D), and `<name>/text_embeds` (B, P).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +32,7 @@ from enat_jax.evaluation.inception import Inception
 from enat_jax.files import Path
 from enat_jax.models.autonat.network import AutoNAT
 from enat_jax.models.enat.network import ENAT
+from enat_jax.text.clip import CLIPText
 from enat_jax.tokenizers.vqgan import VQGAN
 
 Arrays = Mapping[str, np.ndarray]
@@ -81,7 +86,8 @@ def verify(model: nnx.Module, recorded: Arrays) -> list[Comparison]:
     Raises:
         UserError: nothing to replay, or arrays of other shapes than the network's.
     """
-    replays = {ENAT: _tokens, AutoNAT: _tokens, VQGAN: _vqgan, Inception: _inception}
+    replays = {ENAT: _tokens, AutoNAT: _tokens, VQGAN: _vqgan, Inception: _inception,
+               CLIPText: _clip_text}  # fmt: skip
     replay_all = next(each for kind, each in replays.items() if isinstance(model, kind))
     with jax.default_matmul_precision("highest"):
         ours = {key: np.asarray(x) for key, x in replay_all(model, recorded) if key in recorded}
@@ -205,3 +211,16 @@ def _inception(network: Inception, recorded: Arrays) -> Replayed:
         if key.endswith("/images"):
             features = _run(type(network).__call__, network, (), np.moveaxis(recorded[key], 1, -1))
             yield f"{key.removesuffix('images')}features", features.pool
+
+
+def _clip_text(model: CLIPText, recorded: Arrays) -> Replayed:
+    """Features of every group of captions, whatever the config's `output`."""
+    for key in recorded:
+        if key.startswith("ids/"):
+            name, ids = key.removeprefix("ids/"), recorded[key]
+            states = _run(CLIPText.states, model, (), ids)
+            yield f"{name}/hidden_states", states
+            yield f"{name}/last_hidden_state", model.norm_out(states[-1])
+            yield f"{name}/penultimate_final_ln", model.norm_out(states[-2])
+            if model.projection is not None:
+                yield f"{name}/text_embeds", _run(CLIPText.project, model, (), ids)
