@@ -6,6 +6,10 @@ r"""MUSE's network on CC3M 256 x 256 (503.6M parameters), AutoNAT's on captions.
         --config=configs/muse_cc3m.py --out=runs/muse_cc3m
     enat sample --workdir=runs/muse_cc3m --out=cats.png --prompt="two cats on a red sofa"
 
+Or trained here, on the records of `configs/adanat_cc3m.py`:
+
+    enat train --config=configs/muse_cc3m.py --workdir=runs/muse_cc3m
+
 The weights are MUSE-Pytorch's, whose authors report FID 6.84 on 30,000 images of MS-COCO at 18
 steps. Its text encoder is CLIP ViT-bigG/14 of open_clip, the last hidden state of 77 tokens, padded
 with 0. Its rule ranks by logits; guidance grows linearly to 10, and one temperature scales the

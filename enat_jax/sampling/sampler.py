@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree, UInt8
 
-from enat_jax.checkpoints.caption_reader import load_caption_reader
+from enat_jax.checkpoints.caption_reader import CaptionReader, load_caption_reader
 from enat_jax.checkpoints.store import CheckpointError, Checkpoints
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_tokenizer
 from enat_jax.config import MAY_DIFFER, Config, config_from_dict
@@ -24,7 +24,6 @@ from enat_jax.models.networks import abstract_params
 from enat_jax.parallel.hosts import all_gather
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.program import GenerationProgram, Layers, Output
-from enat_jax.text.reader import CaptionReader
 from enat_jax.tokenizers.protocol import Tokenizer
 
 

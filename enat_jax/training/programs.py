@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
+from enat_jax.checkpoints.caption_reader import CaptionReader
 from enat_jax.config import Config
 from enat_jax.core.plans import Plan, training_plans
 from enat_jax.data.pictures import image_grid
@@ -21,7 +22,6 @@ from enat_jax.models.networks import make_network
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
 from enat_jax.sampling.sampler import Sampler
-from enat_jax.text.reader import CaptionReader
 from enat_jax.tokenizers.protocol import Tokenizer
 from enat_jax.training.optim import learning_rate_schedule, make_optimizer
 from enat_jax.training.step import TrainState, training_step

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from enat_jax.checkpoints.caption_reader import load_caption_reader
+from enat_jax.checkpoints.caption_reader import CaptionReader, load_caption_reader
 from enat_jax.checkpoints.tokenizer import load_tokenizer
 from enat_jax.config import MAY_DIFFER, Config
 from enat_jax.data.batches import RecordInfo, record_info, some_captions, training_batches
@@ -12,7 +12,6 @@ from enat_jax.files import Path
 from enat_jax.models.networks import NetworkConfig
 from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
-from enat_jax.text.reader import CaptionReader
 from enat_jax.training.loop import training_loop
 from enat_jax.training.programs import TrainingPrograms
 from enat_jax.training.workdir import Workdir

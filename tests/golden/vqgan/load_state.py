@@ -4,11 +4,10 @@ import json
 import pathlib
 
 import numpy as np
-from safetensors.numpy import load_file
 
 
 def load_state(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """PyTorch name to float32 array; exact, since every value is an int8 times a power of two."""
-    bytes_ = load_file(folder / "state_dict_i8.safetensors")
+    bytes_ = np.load(folder / "state_dict_i8.npz")
     exponents = json.loads((folder / "state_dict_exponents.json").read_text())
     return {name: np.ldexp(x.astype(np.float32), exponents[name]) for name, x in bytes_.items()}
