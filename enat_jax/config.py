@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from enat_jax.config_file import limited, make_config, read_config
+from enat_jax.config_file import limited, make_config, read_config, read_fields
 from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.models.autonat.config import AutoNATConfig
 from enat_jax.models.enat.config import ENATConfig
-from enat_jax.tokenizers.config import DiscriminatorConfig, VQGANConfig
+from enat_jax.tokenizers.config import DiscriminatorConfig, PatchesConfig, VQGANConfig
 
 Policy = Literal["replicated", "zero1", "zero2", "fsdp"]
 Wants = Literal["token_ids", "floats", "uint8"]
@@ -22,13 +22,15 @@ class TokenizerConfig:
     """What turns token ids into images.
 
     Attributes:
-        name: `vqgan`, `pixels` (grey levels are tokens), or `none`: token ids only.
+        name: `vqgan`, `patches` (a codebook of small squares of pixels), `pixels` (grey levels are
+            tokens), or `none`: token ids only.
         grid: rows and columns of tokens.
-        weights: workdir of the VQGAN, made by `train_tokenizer` or `convert --kind=vqgan`.
+        weights: workdir of the VQGAN or the patches, made by `train_tokenizer`; of a VQGAN also by
+            `convert --kind=vqgan`.
         dtype: of the VQGAN's activations; the reference encodes in float32.
     """
 
-    name: Literal["vqgan", "pixels", "none"] = "none"
+    name: Literal["vqgan", "patches", "pixels", "none"] = "none"
     grid: tuple[int, int] = limited((16, 16), at_least=1)
     weights: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -363,6 +365,12 @@ _WARM_UP = (
     "must be below {1}",
 )
 
+_ONE_SOURCE = (
+    "images.folder images.name",
+    lambda folder, name: bool(folder) != bool(name),
+    "or {1}: give one of them",
+)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -391,6 +399,8 @@ class Config:
         ("tokenizer.weights tokenizer.name", lambda weights, name: weights or name != "vqgan",
          "must name the workdir of a VQGAN (made by `train_tokenizer` or `convert --kind=vqgan`)"
          " for {1}"),
+        ("tokenizer.weights tokenizer.name", lambda weights, name: weights or name != "patches",
+         "must name the workdir of patches (made by `train_tokenizer`) for {1}"),
         ("train.reuse_probability model.carries_features",
          lambda probability, carries: carries or probability == 0,
          "must be 0 for a network that carries no features"),
@@ -414,8 +424,7 @@ class TokenizerRunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     RULES = (
-        ("images.folder images.name", lambda folder, name: bool(folder) != bool(name),
-         "or {1}: give one of them"),
+        _ONE_SOURCE,
         ("held_out.folder held_out.split", lambda folder, split: not (folder and split),
          "and {1}: give one of them at most"),
         ("held_out.split images.name", lambda split, name: name or not split,
@@ -426,6 +435,45 @@ class TokenizerRunConfig:
          "must be below {1}"),
         _WARM_UP,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PatchesTrainConfig:
+    """How patches are learnt.
+
+    Attributes:
+        seed: of everything random.
+        image_size: pixels per side of the images that are cut into patches.
+        images: at most so many, evenly out of all.
+    """
+
+    seed: int = limited(0, at_least=0, below=2**32)
+    image_size: int = limited(24, at_least=1)
+    images: int = limited(4000, at_least=1)
+
+
+@dataclass(frozen=True)
+class PatchesRunConfig:
+    """One codebook of patches of one set of images."""
+
+    model: PatchesConfig = field(default_factory=PatchesConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
+    train: PatchesTrainConfig = field(default_factory=PatchesTrainConfig)
+
+    RULES = (
+        _ONE_SOURCE,
+        ("train.image_size model.patch", lambda size, patch: size % patch == 0,
+         "must be a multiple of {1}"),
+    )  # fmt: skip
+
+
+def load_tokenizer_config(
+    path: str, overrides: Sequence[str] = ()
+) -> TokenizerRunConfig | PatchesRunConfig:
+    """The config of a tokenizer's file, whose `model.name` says of which; see `make_config`."""
+    fields = read_fields(path)
+    of_patches = dict(fields.get("model", {})).get("name") == PatchesConfig.name
+    return make_config(PatchesRunConfig if of_patches else TokenizerRunConfig, fields, overrides)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
