@@ -50,6 +50,8 @@ class ImageSource:
         describe: an image's name in messages.
         encoded: an image as it lies on disk.
         ignored: files that are no images.
+        captions: those of an image, at least one; None where there are classes only. A source
+            without classes has no `class_names`, and is asked for no `class_id`.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ImageSource:
     describe: Callable[[int], str]
     encoded: Callable[[int], bytes]
     ignored: int = 0
+    captions: Callable[[int], tuple[str, ...]] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -154,9 +157,13 @@ def _data_set(cfg: ImageConfig) -> ImageSource:
     )
     image, label = features.get("image"), features.get("label")
     pictured = isinstance(image, tfds.features.Image)
-    if not (pictured and isinstance(label, tfds.features.ClassLabel)):
-        raise UserError(f"{where}: it must have an image and a label, it has {sorted(features)}")
-    name, classes = f"{name}, split {cfg.split}", tuple(label.names)
+    classed = isinstance(label, tfds.features.ClassLabel)
+    captioned = isinstance(features.get("captions"), tfds.features.Sequence)
+    if not (pictured and (classed or captioned)):
+        raise UserError(
+            f"{where}: it must have an image, and a label or captions, it has {sorted(features)}"
+        )
+    name, classes = f"{name}, split {cfg.split}", tuple(label.names) if classed else ()
 
     def describe(index: int) -> str:
         record = f"record {index} of {name}"
@@ -171,6 +178,9 @@ def _data_set(cfg: ImageConfig) -> ImageSource:
             raise UserError(f"{describe(index)} has label {label}, must lie in [0, {len(classes)})")
         return label
 
+    def captions(index: int) -> tuple[str, ...]:
+        return tuple(text.decode(errors="replace") for text in source[index]["captions"])
+
     return ImageSource(
         name=name,
         digest=_digest([name, str(len(source)), *classes]),
@@ -179,6 +189,7 @@ def _data_set(cfg: ImageConfig) -> ImageSource:
         class_id=class_id,
         describe=describe,
         encoded=lambda index: source[index]["image"],
+        captions=captions if captioned else None,
     )
 
 
