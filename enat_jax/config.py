@@ -37,6 +37,30 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """What turns captions into token ids, and these into what a network reads.
+
+    Attributes:
+        name: `words` (a table of the training captions' words, learnt with the network), `clip`
+            (CLIP's text tower, frozen), or `none`: classes.
+        weights: workdir of the CLIP, made by `convert --kind=clip_text`.
+        length: ids per caption; 0 takes the longest of the captions for `words`, and for `clip`
+            what its tokenizer has.
+    """
+
+    name: Literal["none", "words", "clip"] = "none"
+    weights: str = ""
+    length: int = limited(0, at_least=0, at_most=4096)
+
+    RULES = (
+        ("weights name", lambda weights, name: weights or name != "clip",
+         "must name the workdir of a text encoder (made by `convert --kind=clip_text`) for {1}"),
+        ("length name", lambda length, name: not length or name == "words",
+         "must be 0 for {1}"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which token records to read.
 
@@ -63,22 +87,28 @@ class ImageConfig:
     """Which images to read, and how they become records.
 
     Attributes:
-        folder: A folder with a folder of images for each class; or
-        name: TFDS name of a prepared data set with `image` and `label`.
+        folder: A folder with a folder of images for each class, or of images with captions; or
+        name: TFDS name of a prepared data set with `image`, and `label` or `captions`.
+        captions: Where the captions of the folder's images are, one or several of each. `beside`:
+            in a `NAME.txt` beside each image, one a line. `tar`: the folder holds tar files with
+            `KEY.jpg` and `KEY.txt`, as img2dataset writes them. Or a file: a `.csv` or `.jsonl`
+            of `file` (relative to the folder) and `caption`, or COCO's annotations, a `.json`.
         data_dir: Folder of the prepared data sets.
         split: TFDS split, such as `train` or `train[:90%]`.
         max_unreadable: Share of all images that may be unreadable, in [0, 1); they are skipped.
-        flips: Whether the mirror image of each image is recorded too.
+        flips: Whether the mirror image of each image is recorded too; `auto` does so unless there
+            are captions with the word left or right.
         shard_size: Images per shard: what a killed run repeats at most.
         read_threads: Threads that read and decode.
     """
 
     folder: str = ""
     name: str = ""
+    captions: str = ""
     data_dir: str = "data"
     split: str = "train"
     max_unreadable: float = limited(0.01, at_least=0, below=1)
-    flips: bool = True
+    flips: Literal["auto", True, False] = "auto"
     shard_size: int = limited(4096, at_least=1)
     read_threads: int = limited(8, at_least=1, at_most=1024)
 
@@ -301,7 +331,8 @@ class HeldOutConfig:
     """The held-out images, which are looked at and never learnt from.
 
     Attributes:
-        folder: a folder with a folder of images for each class; or
+        folder: a folder as `images.folder`; or
+        captions: of its images, as `images.captions`.
         split: a split of the TFDS data set that `images` names. Neither: training images are
             looked at, and the log calls them so.
         images: at most so many, evenly out of all.
@@ -311,6 +342,7 @@ class HeldOutConfig:
     """
 
     folder: str = ""
+    captions: str = ""
     split: str = ""
     images: int = limited(1000, at_least=1)
     pictures: int = limited(16, at_least=1)
@@ -378,6 +410,7 @@ class Config:
 
     model: ENATConfig | AutoNATConfig = field(default_factory=ENATConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -131,15 +131,17 @@ def read_bytes(path: Any, *, most: int) -> bytes:
     return content
 
 
-def read_json(path: Any) -> Any:
+def read_json(path: Any, *, most: int = _MOST_BYTES) -> Any:
     """Reads a `pathlib.Path` or alike of JSON that somebody else may have written.
+
+    It may have `most` bytes.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: no regular file or no JSON; or too long, nested too deep, a key twice.
     """
     try:
-        content = json.loads(read_bytes(path, most=_MOST_BYTES), object_pairs_hook=_keys_once)
+        content = json.loads(read_bytes(path, most=most), object_pairs_hook=_keys_once)
     except RecursionError as error:
         raise ValueError(f"is nested deeper than {_MOST_DEPTH}") from error
     level = [content]

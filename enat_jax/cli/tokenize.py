@@ -29,7 +29,20 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
     if tokenizer is None:
         raise UserError("config: tokenizer.name = 'none' makes no tokens")
     size, log = args.batch_size * placement.batch_shards, primary_only(print)
-    tokenize(config, tokenizer, batch_size=size, placement=placement, log=log)
+    text = encoder = None
+    if config.text.name == "clip":
+        from enat_jax.checkpoints.text_encoder import load_text_encoder
+
+        text, encoder = load_text_encoder(config.text.weights, placement, warn=log)
+    tokenize(
+        config,
+        tokenizer,
+        batch_size=size,
+        placement=placement,
+        text=text,
+        encoder=encoder,
+        log=log,
+    )
     if args.check and is_primary():
         preview(config.data, tokenizer, args.check)
         print(f"decoded some of the records into {args.check}")

@@ -65,7 +65,7 @@ def image_batches(
 class ImageBatch(NamedTuple):
     """Some images of a source: row `i` is for image `span[i]`, and blank unless `readable[i]`.
 
-    `unreadable` are the images that are left out.
+    `unreadable` are the images that are left out; `labels` are 0 where there are no classes.
     """
 
     span: range
@@ -86,7 +86,8 @@ def read_batches(
 
     def read(index: int) -> tuple[np.ndarray, int] | UnreadableImage:
         try:
-            return source.read(index, size), source.class_id(index)
+            image = source.read(index, size)
+            return image, source.class_id(index) if source.class_names else 0
         except UnreadableImage as error:
             return error
 

@@ -1,4 +1,4 @@
-"""Sources of images, read by number as square crops: class folders, and TFDS data sets."""
+"""Sources of images, read by number as square crops: of classes, or with captions."""
 
 import contextlib
 import hashlib
@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from enat_jax.config import ImageConfig
+from enat_jax.data import captions, tar_shards
 from enat_jax.data.prepared import open_prepared
 from enat_jax.errors import UserError, printable
 from enat_jax.files import read_bytes
@@ -39,19 +40,19 @@ class UnreadableImage(UserError):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images and their classes by number; several threads may read.
+    """Images and their classes or captions by number; several threads may read.
 
     Attributes:
         name: which images, for people.
         digest: which images, exactly: names or versions and their order, not the pixels.
-        class_names: names of the classes by class id.
+        class_names: names of the classes by class id; none where there are captions.
         count: how many images there are, unreadable ones included.
-        class_id: the class of an image; raises UserError where it has none.
+        class_id: the class of an image, where there are classes; raises UserError where it has
+            none.
         describe: an image's name in messages.
         encoded: an image as it lies on disk.
         ignored: files that are no images.
-        captions: those of an image, at least one; None where there are classes only. A source
-            without classes has no `class_names`, and is asked for no `class_id`.
+        captions: the captions of an image, at least one; None where there are classes.
     """
 
     name: str
@@ -71,6 +72,8 @@ class ImageSource:
     def summary(self) -> str:
         """How many images there are of what, in a line."""
         ignored = f" ({self.ignored} other files ignored)" if self.ignored else ""
+        if self.captions:
+            return f"{self.count} captioned images in {self.name}{ignored}"
         return f"{self.count} images of {len(self.class_names)} classes in {self.name}{ignored}"
 
     def read(
@@ -92,11 +95,16 @@ def open_images(cfg: ImageConfig) -> ImageSource:
     """The images of a config; a data set that the project ships is prepared first.
 
     Raises:
-        UserError: not one of folder and name, a folder that is not one of class folders, or a data
-            set that is not prepared, or has no images and labels.
+        UserError: not one of folder and name, a folder that is not one of class folders, images
+            without captions or captions without images, or a data set that is not prepared, or
+            has no images and labels.
     """
     if bool(cfg.folder) == bool(cfg.name):
         raise UserError(f"images: give one of folder = {cfg.folder!r} and name = {cfg.name!r}")
+    if cfg.captions:
+        if not cfg.folder:
+            raise UserError(f"images.captions = {cfg.captions!r} are those of a folder: give it")
+        return _captioned(cfg)
     source = _class_folders(cfg.folder) if cfg.folder else _data_set(cfg)
     if odd := [repr(name) for name in source.class_names if printable(name) != name]:
         raise UserError(f"class names of no UTF-8 or with control characters: {_some(odd)}")
@@ -105,9 +113,7 @@ def open_images(cfg: ImageConfig) -> ImageSource:
 
 def _class_folders(folder: str) -> ImageSource:
     """A folder of class folders: classes by name, and their images by name."""
-    root = pathlib.Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"folder {folder!r}: no such folder")
+    root = _root(folder)
     entries = sorted(path for path in root.iterdir() if path.name[0] != ".")
     classes = [path.name for path in entries if path.is_dir()]
     loose = [path.name for path in entries if path.is_file()]
@@ -125,7 +131,7 @@ def _class_folders(folder: str) -> ImageSource:
             )
         files += [f"{name}/{image}" for image in images]
         class_ids += [class_id] * len(images)
-        ignored += others
+        ignored += len(others)
     if stray:
         errors.append(f"images that belong to no class folder: {_some(stray)}")
     elif not classes:
@@ -142,6 +148,51 @@ def _class_folders(folder: str) -> ImageSource:
         describe=lambda index: printable(files[index]),
         encoded=lambda index: read_bytes(root / files[index], most=_MAX_BYTES),
         ignored=ignored,
+    )
+
+
+def _captioned(cfg: ImageConfig) -> ImageSource:
+    """A folder's images by name, at any depth or in tar files, with their captions."""
+    root = _root(cfg.folder)
+    if cfg.captions == "tar":
+        shards = tar_shards.open_shards(root, _is_image, _MAX_BYTES)
+        files, others, of_file = sorted(shards.places), [], shards.captions
+    else:
+        files, others = _listed(root)
+        if cfg.captions == "beside":
+            of_file = captions.beside(root, files, others)
+            others = [name for name in others if not name.endswith(".txt")]
+        else:
+            of_file = captions.from_file(cfg.captions)
+        shards = None
+    known = set(files)
+    wrong = {
+        "images without captions": [name for name in files if name not in of_file],
+        "captions without images": [name for name in of_file if name not in known],
+        "empty captions": [name for name in files if of_file.get(name) == ()],
+    }
+    errors = [
+        f"{what}: {_some([*map(printable, names)])}" for what, names in wrong.items() if names
+    ]
+    if not files:
+        errors.append(f"holds no {'images in .tar files' if shards else 'images'}")
+    if errors:
+        raise UserError(f"folder {cfg.folder!r}: {'; '.join(errors)}")
+    lines = (f"{name}\t{each}" for name in files for each in of_file[name])
+    return ImageSource(
+        name=f"folder {printable(root.resolve().name)}",
+        digest=_digest(lines),
+        class_names=(),
+        count=len(files),
+        class_id=().__getitem__,
+        describe=lambda index: printable(files[index]),
+        encoded=lambda index: (
+            shards.read(files[index])
+            if shards
+            else read_bytes(root / files[index], most=_MAX_BYTES)
+        ),
+        ignored=len(others),
+        captions=lambda index: of_file[files[index]],
     )
 
 
@@ -189,7 +240,7 @@ def _data_set(cfg: ImageConfig) -> ImageSource:
         class_id=class_id,
         describe=describe,
         encoded=lambda index: source[index]["image"],
-        captions=captions if captioned else None,
+        captions=None if classed else captions,
     )
 
 
@@ -264,22 +315,28 @@ def _reason(error: Exception) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split())) or type(error).__name__
 
 
-def _listed(folder: pathlib.Path) -> tuple[list[str], int]:
-    """The images at any depth of a folder, by relative name in order; how many files are not."""
+def _root(folder: str) -> pathlib.Path:
+    root = pathlib.Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"folder {folder!r}: no such folder")
+    return root
+
+
+def _listed(folder: pathlib.Path) -> tuple[list[str], list[str]]:
+    """The images at any depth of a folder, and what is none: relative names, images in order."""
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
         inside = pathlib.Path(parent).relative_to(folder)
         files += [(inside / name).as_posix() for name in names if name[0] != "."]
-    images = sorted(filter(_is_image, files))
-    return images, len(files) - len(images)
+    return sorted(filter(_is_image, files)), [name for name in files if not _is_image(name)]
 
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in _SUFFIXES
 
 
-def _digest(names: Sequence[str]) -> str:
+def _digest(names: Iterable[str]) -> str:
     text = "\n".join(names).encode("utf-8", "surrogateescape")
     return hashlib.sha256(text).hexdigest()[:16]
 

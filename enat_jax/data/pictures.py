@@ -15,20 +15,29 @@ from enat_jax.files import atomic
 
 _SMALLEST_CELL = 64  # smaller images are enlarged in a grid, pixel by pixel
 _GAP = 4
+_LINE = 15  # pixels from one line of text to the next
 
 
 def image_grid(
-    images: UInt8[np.ndarray, "b y x 3"], labels: Sequence[str], *, columns: int | None = None
+    images: UInt8[np.ndarray, "b y x 3"],
+    labels: Sequence[str],
+    *,
+    columns: int | None = None,
+    wrap: bool = False,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Arranges images in rows; a label stands above the first image of each run of equal labels.
 
-    By default there is a row per label where all labels are equally frequent, else a square.
+    By default there is a row per label where all labels are equally frequent, else a square. With
+    `wrap` long labels go on in further lines, each as wide as its image.
     """
     count, height, width, _ = images.shape
     per_row = columns or _columns(labels)
     zoom = max(1, -(-_SMALLEST_CELL // min(height, width)))
     font = ImageFont.load_default(size=12)
-    cell_y, cell_x, text = height * zoom + _GAP, width * zoom + _GAP, 18
+    cell_y, cell_x = height * zoom + _GAP, width * zoom + _GAP
+    if wrap:
+        labels = [_wrapped(label, font, cell_x - _GAP) for label in labels]
+    text = 3 + _LINE * max(1 + label.count("\n") for label in labels)
     rows = -(-count // per_row)
     sheet = Image.new("RGB", (per_row * cell_x + _GAP, rows * (cell_y + text)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -36,12 +45,25 @@ def image_grid(
         row, column = index // per_row, index % per_row
         x, y = _GAP + column * cell_x, row * (cell_y + text)
         if column == 0 or labels[index - 1] != label:
-            draw.text((x, y + 2), label, fill="black", font=font)
+            for line, part in enumerate(label.split("\n")):
+                draw.text((x, y + 2 + line * _LINE), part, fill="black", font=font)
         tile = Image.fromarray(image).resize(
             (width * zoom, height * zoom), Image.Resampling.NEAREST
         )
         sheet.paste(tile, (x, y + text))
     return np.asarray(sheet)
+
+
+def _wrapped(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A label in lines of at most so many pixels, where its words are no longer."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def _columns(labels: Sequence[str]) -> int:

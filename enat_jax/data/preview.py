@@ -8,7 +8,7 @@ import numpy as np
 
 from enat_jax.data.batches import DataConfig, open_records
 from enat_jax.data.pictures import image_grid, write_png
-from enat_jax.errors import UserError
+from enat_jax.errors import UserError, printable
 from enat_jax.tokenizers.protocol import Tokenizer, as_uint8
 
 
@@ -17,7 +17,7 @@ def preview(
 ) -> None:
     """Decodes `count` records, two or more, evenly spaced over the data set, to a labelled PNG.
 
-    Mirror images stand beside their originals.
+    An image's label is its class or all its captions. Mirror images stand beside their originals.
 
     Raises:
         UserError: the records are missing or unreadable, or were made by another tokenizer.
@@ -39,8 +39,13 @@ def preview(
     decode = jax.jit(lambda weights, ids: as_uint8(tokenizer.decode(weights, ids, info.grid)))
     images = np.asarray(decode(tokenizer.params, token_ids))
     labels = [
-        "flipped" if record.get("flipped") else info.class_names[record["label"]]
+        "flipped"
+        if record.get("flipped")
+        else info.class_names[record["label"]]
+        if info.text is None
+        else printable(" | ".join(each.decode() for each in record["captions"]))
         for record in shown
     ]
     columns = 2 * max(1, round((len(shown) / 4) ** 0.5))
-    write_png(out, image_grid(images, labels, columns=columns))
+    wrap = info.text is not None
+    write_png(out, image_grid(images, labels, columns=columns, wrap=wrap))

@@ -9,14 +9,13 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Bool, Int, UInt16
 
 from enat_jax.errors import UserError, differences
 from enat_jax.files import PARTIAL, atomic, fsync, read_json
@@ -38,7 +37,11 @@ class RecordPlan:
         flips: whether each image is followed by its mirror image.
         source: which images, for people; `source_digest` says it exactly.
         num_images: unreadable ones included.
+        class_names: none where there are captions.
         shard_size: images per shard.
+        text: what turned captions into ids: `name`, `digest`, `length` (ids per caption),
+            `vocabulary` (all are below); `words` where it is a table of them, `encoder_digest`
+            where an encoder reads the ids. None where there are classes.
     """
 
     name: str
@@ -53,6 +56,7 @@ class RecordPlan:
     num_images: int
     class_names: tuple[str, ...]
     shard_size: int
+    text: Mapping[str, Any] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -86,19 +90,25 @@ class RecordFolder:
         self.path = pathlib.Path(data_dir).expanduser() / plan.name / _VERSION
         length = plan.grid[0] * plan.grid[1]
         self._verified: set[tuple[int, int]] = set()  # shards, and when they were written
-        self._features = tfds.features.FeaturesDict(
-            {
-                "tokens": tfds.features.Tensor(shape=(length,), dtype=np.uint16),
-                "label": tfds.features.ClassLabel(names=list(plan.class_names)),
-                "flipped": tfds.features.Scalar(np.bool_),
-            }
-        )
+        features: dict[str, Any] = {
+            "tokens": tfds.features.Tensor(shape=(length,), dtype=np.uint16),
+            "flipped": tfds.features.Scalar(np.bool_),
+        }
+        if plan.text is None:
+            features["label"] = tfds.features.ClassLabel(names=list(plan.class_names))
+        else:
+            ids = tfds.features.Tensor(shape=(plan.text["length"],), dtype=np.int32)
+            features["captions"] = tfds.features.Sequence(tfds.features.Text())
+            features["caption_ids"] = tfds.features.Sequence(ids)
+        self._features = tfds.features.FeaturesDict(features)
         serialized: Any = self._features.get_serialized_info()
         self._serializer = tfds.core.ExampleSerializer(serialized)
         self.path.mkdir(parents=True, exist_ok=True)
+        # Fields that came later are absent where they say nothing: earlier records go on.
+        fields = {k: v for k, v in dataclasses.asdict(plan).items() if v is not None}
         begun = self._read_json(_PLAN)
         if begun is not None:
-            if changed := differences(begun, dataclasses.asdict(plan)):
+            if changed := differences(begun, fields):
                 raise UserError(
                     f"the records in {self.path} were begun with something else ({changed}):"
                     " choose another name, or delete that folder"
@@ -106,7 +116,7 @@ class RecordFolder:
         elif others := sorted(path.name for path in self.path.iterdir() if path.name[0] != "."):
             raise UserError(f"{self.path} holds something else ({others[0]}): choose another name")
         else:
-            self._write_json(_PLAN, dataclasses.asdict(plan))
+            self._write_json(_PLAN, fields)
 
     @property
     def finished(self) -> bool:
@@ -126,23 +136,29 @@ class RecordFolder:
     def write(
         self,
         shard: int,
-        tokens: UInt16[np.ndarray, "b n"],
-        labels: Int[np.ndarray, " b"],
-        flipped: Bool[np.ndarray, " b"],
+        columns: Mapping[str, Sequence[Any] | np.ndarray],
         skipped: Mapping[str, str],
     ) -> None:
-        """Writes one shard; `skipped` are its images without records: name -> reason."""
+        """Writes one shard.
+
+        Args:
+            shard: its number.
+            columns: a value per record of `tokens`, `flipped`, and either `label` (a class id) or
+                `captions` (texts) and `caption_ids` (their ids, `[k t]`).
+            skipped: its images without records, name -> reason.
+        """
         with atomic(self._shard(shard)) as part:
             try:
                 # TFDS's own choice: each record can be read alone.
                 writer = ArrayRecordWriter(str(part), "group_size:1")
-                for row, label, flip in zip(tokens, labels, flipped, strict=True):
-                    writer.write(self._serialize({"tokens": row, "label": label, "flipped": flip}))
+                for values in zip(*columns.values(), strict=True):
+                    writer.write(self._serialize(dict(zip(columns, values, strict=True))))
                 writer.close()
             except RuntimeError as error:
                 raise OSError(f"cannot write {part}: {error}") from error
             size, crc = part.stat().st_size, _crc(part)
-        described = {"records": len(tokens), "bytes": size, "crc32": crc, "skipped": dict(skipped)}
+        count = len(columns["tokens"])
+        described = {"records": count, "bytes": size, "crc32": crc, "skipped": dict(skipped)}
         self._write_json(_description(shard), described)
 
     def finish(self) -> int:
@@ -179,6 +195,7 @@ class RecordFolder:
                 source_digest=plan.source_digest,
                 num_images=plan.num_images,
                 num_skipped=self.num_skipped(),
+                **({} if plan.text is None else {"text": dict(plan.text)}),
             ),
         )
         info.set_file_format("array_record")

@@ -1,10 +1,11 @@
 """From images to token records, batch by batch on all devices."""
 
 import itertools
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,13 @@ from enat_jax.data.records import RecordFolder, RecordPlan
 from enat_jax.errors import UserError
 from enat_jax.parallel.hosts import all_gather_text, from_primary
 from enat_jax.parallel.placement import Placement
+from enat_jax.text.protocol import TextEncoder, TextTokenizer
+from enat_jax.text.words import Words, words_of
 from enat_jax.tokenizers.protocol import Tokenizer
 
 T = TypeVar("T")
+
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 def tokenize(
@@ -32,6 +37,8 @@ def tokenize(
     *,
     batch_size: int,
     placement: Placement,
+    text: TextTokenizer | None = None,
+    encoder: TextEncoder | None = None,
     log: Callable[[str], object] = print,
 ) -> None:
     """Writes the records `data` of all `images`, or those that an earlier run did not get to.
@@ -43,12 +50,19 @@ def tokenize(
     run was interrupted or not. With another `batch_size` or other devices they can differ where
     two codes are equally near but for rounding.
 
+    Captions are tokenized, too, where `config.text` says by what. A mirror image has the captions
+    of its original.
+
     Args:
-        config: of its sections `images`, `data` and `tokenizer`; all processes share `data_dir`.
+        config: of its sections `images`, `data`, `tokenizer` and `text`; all processes share
+            `data_dir`.
         tokenizer: the config's, loaded.
         batch_size: images read per batch and process, equally many on each of its devices; as
             many again are made by mirroring.
         placement: of this process's own devices, over which batches are split.
+        text: `config.text`'s tokenizer, loaded; None for `words`, which are those of all captions,
+            and for `none`.
+        encoder: `config.text`'s, whose digest the records name; None where there is none.
         log: called with lines for the user.
 
     Raises:
@@ -61,6 +75,12 @@ def tokenize(
     if grid[0] != grid[1]:
         raise UserError(f"tokenizer.grid = {grid[0]} x {grid[1]}, must be square: crops are")
     source = open_images(images)
+    reader, lacking = config.text.name, "classes" if source.captions else "captions"
+    if not (source.class_names if reader == "none" else source.captions):
+        raise UserError(f"text.name = {reader!r} does not fit {source.name}, without {lacking}")
+    if reader == "words":
+        text = _words(source, config.text.length, log)
+    flips, about_flips = _flips(source, text is not None, images)
     plan = RecordPlan(
         name=data.name,
         tokenizer=tokenizer.name,
@@ -68,12 +88,13 @@ def tokenize(
         codebook_size=tokenizer.codebook_size,
         grid=grid,
         image_size=grid[0] * tokenizer.patch,
-        flips=images.flips,
+        flips=flips,
         source=source.name,
         source_digest=source.digest,
         num_images=len(source),
-        class_names=source.class_names,
+        class_names=() if text else source.class_names,
         shard_size=images.shard_size,
+        text=_described(text, encoder) if text else None,
     )
     folder = RecordFolder(plan, data.data_dir)
     if folder.finished:
@@ -85,10 +106,12 @@ def tokenize(
         f"{source.summary}, to {grid[0]} x {grid[1]} tokens of {tokenizer.name} in {folder.path}"
         f"{begun if len(missing) < plan.num_shards else ''}"
     )
+    if about_flips:
+        log(about_flips)
     own = [shard for shard in missing if shard % jax.process_count() == jax.process_index()]
     started = time.perf_counter()
-    encode = compiled_encoder(tokenizer, images.flips, placement)
-    count = _write_shards(folder, own, source, encode, images, batch_size, log)
+    encode = compiled_encoder(tokenizer, flips, placement)
+    count = _write_shards(folder, own, source, encode, text, images, batch_size, log)
     rate = f"; {count / (time.perf_counter() - started):.1f} images/s" if count else ""
 
     def finish() -> int:
@@ -125,6 +148,7 @@ def _write_shards(
     shards: Sequence[int],
     source: ImageSource,
     encode: Callable[[np.ndarray], Array],
+    text: TextTokenizer | None,
     cfg: ImageConfig,
     batch_size: int,
     log: Callable[[str], object],
@@ -149,7 +173,7 @@ def _write_shards(
         dynamic_ncols=True,
     ) as bar:
         for shard, parts in by_shard:
-            tokens, labels, reasons = [], [], {}
+            tokens, labels, numbers, reasons = [], [], [], {}
             for batch, token_ids in parts:
                 for error in batch.unreadable:
                     with bar.external_write_mode():
@@ -159,17 +183,70 @@ def _write_shards(
                 _refuse_too_many(skipped, plan, cfg)
                 tokens.append(np.asarray(token_ids)[batch.readable])
                 labels.append(batch.labels[batch.readable])
+                numbers += itertools.compress(batch.span, batch.readable)
                 bar.update(len(batch.span))
             token_ids = np.concatenate(tokens).astype(np.uint16)
             images, orientations, _ = token_ids.shape
-            folder.write(
-                shard,
-                rearrange(token_ids, "b o n -> (b o) n"),
-                np.repeat(np.concatenate(labels), orientations),
-                np.tile(np.arange(orientations) > 0, images),
-                reasons,
+            of_images = (
+                _captions(source, numbers, text) if text else {"label": np.concatenate(labels)}
             )
+            columns: dict[str, Any] = {
+                name: [value for value in each for _ in range(orientations)]
+                for name, each in of_images.items()
+            }
+            columns["tokens"] = rearrange(token_ids, "b o n -> (b o) n")
+            columns["flipped"] = np.tile(np.arange(orientations) > 0, images)
+            folder.write(shard, columns, reasons)
     return sum(map(len, spans))
+
+
+def _words(source: ImageSource, length: int, log: Callable[[str], object]) -> Words:
+    """The words of all captions of all images."""
+    captions = (each for number in range(len(source)) for each in _captions_of(source, number))
+    words = words_of(captions, length, warn=log)
+    log(f"{len(words.words)} different words in all captions, {words.length} read of one at most")
+    return words
+
+
+def _described(text: TextTokenizer, encoder: TextEncoder | None) -> dict[str, Any]:
+    """What turns captions into ids, and what is to read these, as records say it."""
+    names = ("name", "digest", "length", "vocabulary")
+    described = {name: getattr(text, name) for name in names}
+    if isinstance(text, Words):
+        described["words"] = list(text.words)
+    if encoder is not None:
+        described["encoder_digest"] = encoder.digest
+    return described
+
+
+def _flips(source: ImageSource, captioned: bool, cfg: ImageConfig) -> tuple[bool, str]:
+    """Whether mirror images are recorded, and what is to be said of it."""
+    if not captioned:
+        return bool(cfg.flips), ""
+    captions = (_captions_of(source, number) for number in range(len(source)))
+    sides = sum(any(map(_SIDES.search, each)) for each in captions)
+    said = f"{sides} of {len(source)} images have a caption with the word left or right"
+    if cfg.flips == "auto" and sides:
+        return False, f"{said}: no mirror images, images.flips=True makes them nevertheless"
+    return bool(cfg.flips), f"mirror images have their originals' captions; {said}" * bool(
+        cfg.flips
+    )
+
+
+def _captions(source: ImageSource, numbers: Sequence[int], text: TextTokenizer) -> dict[str, Any]:
+    """All captions of some images, and their ids: `[k t]` of each image."""
+    captions = [_captions_of(source, number) for number in numbers]
+    ids = text(list(itertools.chain.from_iterable(captions)))
+    ends = np.cumsum([len(each) for each in captions], dtype=int)
+    return {"captions": captions, "caption_ids": np.split(ids, ends)[:-1]}
+
+
+def _captions_of(source: ImageSource, number: int) -> tuple[str, ...]:
+    """The captions of an image, at least one."""
+    captions = source.captions(number) if source.captions else ()
+    if not captions:
+        raise UserError(f"{source.describe(number)} has no caption")
+    return captions
 
 
 def _one_behind(items: Iterable[T]) -> Iterator[T]:

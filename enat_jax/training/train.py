@@ -10,6 +10,7 @@ from enat_jax.errors import UserError
 from enat_jax.files import Path
 from enat_jax.parallel import hosts
 from enat_jax.parallel.placement import Placement
+from enat_jax.text.protocol import TextEncoder, TextTokenizer
 from enat_jax.training.loop import training_loop
 from enat_jax.training.programs import TrainingPrograms
 from enat_jax.training.workdir import Workdir
@@ -82,5 +83,31 @@ def _check_records(config: Config, info: RecordInfo) -> None:
         for name, (ours, theirs) in pairs.items()
         if ours != theirs and (name, ours) != ("tokenizer.name", "none")
     ]
+    if wrong:
+        raise UserError(f"config does not fit the records {config.data.name}: {'; '.join(wrong)}")
+
+
+def _check_text(
+    config: Config, info: RecordInfo, text: TextTokenizer | None, encoder: TextEncoder | None
+) -> None:
+    """Refuses records whose captions were read by something else than the config says.
+
+    Args:
+        config: of its section `text`.
+        info: of the records.
+        text: the config's tokenizer of captions, loaded; None for `words`, whose table the records
+            hold, and for `none`.
+        encoder: the config's, loaded, if it has one.
+    """
+    theirs = {"name": "none", "length": 0, **(info.text or {})}
+    pairs = {
+        "text.name": (config.text.name, theirs["name"]),
+        "text.length": (config.text.length or theirs["length"], theirs["length"]),
+    }
+    for name, key, ours in (("tokenizer", "digest", text), ("encoder", "encoder_digest", encoder)):
+        if ours is not None:
+            digests = ours.digest[:12], theirs.get(key, "none")[:12]
+            pairs[f"digest of text.weights' {name}"] = digests
+    wrong = [f"{name} = {a}, the records have {b}" for name, (a, b) in pairs.items() if a != b]
     if wrong:
         raise UserError(f"config does not fit the records {config.data.name}: {'; '.join(wrong)}")

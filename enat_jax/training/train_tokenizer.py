@@ -156,7 +156,8 @@ def _held_out(
     """The held-out images of a config, training images where it has none."""
     cfg, name = config.held_out, "held_out"
     if cfg.folder:
-        source = open_images(dataclasses.replace(config.images, folder=cfg.folder, name=""))
+        held_out = {"folder": cfg.folder, "name": "", "captions": cfg.captions}
+        source = open_images(dataclasses.replace(config.images, **held_out))
     elif cfg.split:
         source = open_images(dataclasses.replace(config.images, split=cfg.split))
     else:

@@ -1,13 +1,15 @@
+import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from enat_jax.data.batches import DataConfig, RecordInfo, Share, record_info, training_batches
 from enat_jax.errors import UserError
-from tests.support.records import toys, written
+from tests.support.records import CAPTIONED, toys, written
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,72 @@ def test_the_stream_goes_on_from_any_record_in_batches_of_any_size(data_dir):
 def test_a_batch_may_be_larger_than_the_data_set(data_dir, cache):
     cfg = toys(data_dir, cache=cache, split="train[:3]")
     assert sorted(np.bincount(flat(take(cfg, 1, Share(7))))) == [2, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Ten records of images with 1, 2, 3, 1, ... captions."""
+    folder = tmp_path_factory.mktemp("captioned")
+    written(folder, **dataclasses.asdict(replace(CAPTIONED, flips=False)))
+    return folder
+
+
+def captions(cfg, steps, share, seed=0):
+    """Pairs of image and the number of its caption, step after step."""
+    batches, pairs = training_batches(cfg, share, seed=seed), []
+    for _ in range(steps):
+        batch = next(batches)
+        ids = batch["caption_ids"]
+        assert batch.keys() == {"token_ids", "caption_ids"}
+        assert (ids.dtype, ids.shape[1:]) == (np.int32, (4,))
+        assert (ids == ids[:, :1]).all()
+        assert (ids[:, 0] // 10 == batch["token_ids"][:, 0]).all(), "captions of their own images"
+        pairs.append([divmod(int(row), 10) for row in ids[:, 0]])
+    return pairs
+
+
+class TestCaptions:
+    @pytest.mark.parametrize("cache", [True, False])
+    def test_one_of_each_images_is_drawn_in_each_epoch(self, captioned, cache):
+        drawn = captions(toys(captioned, cache=cache), 60, Share(10))
+        for epoch in drawn:
+            assert sorted(image for image, _ in epoch) == list(range(10))
+        for image in range(10):
+            count = np.bincount([k for epoch in drawn for i, k in epoch if i == image])
+            assert len(count) == 1 + image % 3
+            assert count.min() > 10, "all captions of an image are drawn equally often"
+        first, second = (dict(epoch) for epoch in drawn[:2])
+        assert first != second
+
+    def test_the_seed_decides_which_with_and_without_a_cache(self, captioned):
+        lazy, cached = (captions(toys(captioned, cache=c), 7, Share(4)) for c in (False, True))
+        assert lazy == cached
+        assert cached != captions(toys(captioned), 7, Share(4), seed=1)
+
+    def test_processes_and_runs_that_go_on_draw_the_same(self, captioned):
+        cfg = toys(captioned)
+        expected = captions(cfg, 5, Share(6))
+        parts = [captions(cfg, 5, Share(6, np.array(own))) for own in ([0, 1, 5], [2], [3, 4])]
+        for step in range(5):
+            a, b, c = (part[step] for part in parts)
+            assert [a[0], a[1], b[0], c[0], c[1], a[2]] == expected[step]
+        assert flat(captions(cfg, 4, Share(3, first=18))) == flat(expected)[18:]
+
+    @pytest.mark.parametrize("cache", [True, False])
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ({"vocabulary": 90}, r"a record has caption_ids = 90, must lie in \[0, 90\)"),
+            ({"length": 3}, "a record has no caption, or one of not 3 ids"),
+        ],
+    )
+    def test_those_that_contradict_the_metadata_are_refused(self, tmp_path, cache, text, message):
+        folder = written(tmp_path, **dataclasses.asdict(CAPTIONED)).path
+        stored = json.loads((folder / "metadata.json").read_text())
+        stored["text"] |= text
+        (folder / "metadata.json").write_text(json.dumps(stored))
+        with pytest.raises(UserError, match=message):
+            captions(toys(tmp_path, cache=cache), 2, Share(20))
 
 
 @pytest.mark.parametrize(

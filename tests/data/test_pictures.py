@@ -44,6 +44,18 @@ class TestGrid:
         ):
             np.testing.assert_array_equal(tile, image)
 
+    def test_wrapped_labels_stand_above_their_images_in_lines_no_wider(self):
+        images, labels = colours(2), ["woman firefighter: dark skin tone on blue", "a dog"]
+        plain, wrapped = (
+            image_grid(images, labels, columns=2, wrap=wrap) for wrap in (False, True)
+        )
+        assert plain.shape == (64 + 4 + 18, 2 * 68 + 4, 3)
+        assert wrapped.shape[0] == plain.shape[0] + 4 * 15, "five lines"
+        for image, tile in zip(images, tiles(wrapped, 2, 2, 64, 64), strict=True):
+            np.testing.assert_array_equal(tile, image)
+        assert (wrapped[: 3 + 5 * 15, 4 + 64 : 72] == 255).all(), "nothing between the columns"
+        assert (wrapped[18 : 3 + 5 * 15, 72:] == 255).all(), "the second has one line"
+
     def width_in_images(self, labels):
         return (image_grid(colours(len(labels)), labels).shape[1] - 4) // 68
 

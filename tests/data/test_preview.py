@@ -1,3 +1,4 @@
+import dataclasses
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from PIL import Image
 from enat_jax.data.pictures import image_grid
 from enat_jax.data.preview import preview
 from enat_jax.errors import UserError
-from tests.support.records import toys, written
+from tests.support.records import CAPTIONED, toys, written
 
 CLASSES = ("cat", "dog")
 
@@ -51,6 +52,16 @@ def test_records_from_all_over_the_data_set_are_decoded(
     pictures = repeat(greys, "b -> b y x 3", y=16, x=24)
     labels = ["flipped" if flip else CLASSES[image % 2] for image in images for flip in flipped]
     expected = image_grid(pictures, labels, columns=2)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "look.png")), expected)
+
+
+def test_captions_stand_above_their_pictures(tmp_path):
+    written(tmp_path, **dataclasses.asdict(CAPTIONED))
+    preview(toys(tmp_path, split="train[4:6]"), Greys(), tmp_path / "look.png", count=2)
+    greys = np.clip(np.array([2, 502]) - 100, 0, 255).astype(np.uint8)
+    pictures = repeat(greys, "b -> b y x 3", y=16, x=24)
+    labels = ["2.0 | 2.1 | 2.2", "flipped"]
+    expected = image_grid(pictures, labels, columns=2, wrap=True)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "look.png")), expected)
 
 

@@ -12,11 +12,16 @@ import tensorflow_datasets as tfds
 from enat_jax.data.batches import Share, record_info, training_batches
 from enat_jax.data.records import RecordFolder, RecordPlan
 from enat_jax.errors import UserError
-from tests.support.records import PLAN, toys, write_shards, written
+from tests.support.records import CAPTIONED, PLAN, TEXT, toys, write_shards, written
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.path.iterdir()}
+
+
+def columns(count):
+    return {"tokens": np.zeros((count, 6), np.uint16), "label": [0] * count,
+            "flipped": [False] * count}  # fmt: skip
 
 
 def first_tokens(cfg, count):
@@ -43,11 +48,31 @@ def test_they_are_a_data_set_of_tfds(tmp_path):
         assert (record["label"], record["flipped"]) == (image % 2, flipped == 1)
 
 
+def test_of_captioned_images_they_hold_all_captions_and_their_ids(tmp_path):
+    folder = written(tmp_path, **dataclasses.asdict(CAPTIONED))
+    builder = tfds.builder_from_directory(folder.path)
+    for index, record in enumerate(builder.as_data_source("train")):
+        image = index // 2
+        captions = range(1 + image % 3)
+        assert [each.decode() for each in record["captions"]] == [f"{image}.{k}" for k in captions]
+        ids = np.stack(record["caption_ids"])
+        assert ids.dtype == np.int32
+        assert ids.tolist() == [[10 * image + k] * 4 for k in captions]
+        assert "label" not in record
+    assert builder.info.metadata["text"] == TEXT
+    info = record_info(toys(tmp_path))
+    assert (info.text, info.class_names, info.num_classes) == (TEXT, (), 0)
+    before = contents(folder)
+    folder = RecordFolder(CAPTIONED, tmp_path)
+    assert folder.finished
+    assert contents(folder) == before
+
+
 def test_training_reads_them_or_a_part_and_what_they_were_made_with(tmp_path):
     written(tmp_path)
     info = record_info(toys(tmp_path))
     assert dataclasses.astuple(info) == (
-        "patches", "abcd", 1000, (2, 3), 2, ("cat", "dog"), 20
+        "patches", "abcd", 1000, (2, 3), 2, ("cat", "dog"), 20, None
     )  # fmt: skip
     assert first_tokens(toys(tmp_path), 20) == [*range(10), *range(500, 510)]
     assert first_tokens(toys(tmp_path, split="train[10:14]"), 4) == [5, 6, 505, 506]
@@ -56,8 +81,7 @@ def test_training_reads_them_or_a_part_and_what_they_were_made_with(tmp_path):
 def test_the_metadata_say_what_made_them(tmp_path):
     folder = RecordFolder(PLAN, tmp_path)
     write_shards(folder, [0, 2])
-    one = np.zeros((1, 6), np.uint16), np.zeros(1, np.int32), np.zeros(1, bool)
-    folder.write(1, *one, {"5.png": "empty"})
+    folder.write(1, columns(1), {"5.png": "empty"})
     assert (folder.num_skipped(), folder.finish()) == (1, 13)
     assert dict(tfds.builder_from_directory(folder.path).info.metadata) == {
         "tokenizer": "patches", "tokenizer_digest": "abcd", "codebook_size": 1000, "grid": [2, 3],
@@ -70,9 +94,8 @@ def test_the_metadata_say_what_made_them(tmp_path):
 
 def test_a_shard_may_hold_no_records_but_not_all_of_them(tmp_path):
     folder = RecordFolder(PLAN, tmp_path)
-    none = np.zeros((0, 6), np.uint16), np.zeros(0, np.int32), np.zeros(0, bool)
     for shard in range(3):
-        folder.write(shard, *none, {})
+        folder.write(shard, columns(0), {})
     with pytest.raises(UserError, match="none of 10 images is readable"):
         folder.finish()
     write_shards(folder, [0, 2])
@@ -178,6 +201,7 @@ CHANGES = {
     "tokenizer": "pixels", "tokenizer_digest": "ffff", "codebook_size": 999, "grid": (3, 2),
     "image_size": 16, "flips": False, "source": "folder dolls", "source_digest": "9876",
     "num_images": 11, "class_names": ("cat", "cow"), "shard_size": 5,
+    "text": TEXT,
 }  # fmt: skip
 
 
@@ -187,8 +211,10 @@ def test_records_of_another_plan_are_not_mixed(tmp_path):
     for field, value in CHANGES.items():
         with pytest.raises(UserError) as error:
             RecordFolder(replace(PLAN, **{field: value}), tmp_path)
-        there = json.dumps(getattr(PLAN, field))
-        differs = f"were begun with something else ({field} = {json.dumps(value)}, there {there})"
+        there = json.dumps("nothing" if field == "text" else getattr(PLAN, field))
+        here = json.dumps(value)
+        here = here if len(here) <= 60 else f"{here[:60]} ..."
+        differs = f"were begun with something else ({field} = {here}, there {there})"
         assert differs in str(error.value)
 
 

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import shutil
 from dataclasses import replace
 from unittest import mock
 
@@ -10,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from einops import rearrange
 
-from enat_jax.config import Config, TokenizerConfig
+from enat_jax.config import Config, TextConfig, TokenizerConfig
 from enat_jax.data import records as job_records
 from enat_jax.data import tokenize as job
 from enat_jax.data.batches import DataConfig, record_info
@@ -19,7 +20,8 @@ from enat_jax.data.records import RecordFolder
 from enat_jax.data.tokenize import compiled_encoder, tokenize
 from enat_jax.errors import UserError
 from enat_jax.parallel.placement import MeshConfig, Placement
-from tests.support.images import LEVELS, Patches, noise, png
+from enat_jax.text.words import Words
+from tests.support.images import LEVELS, LetterEncoder, Letters, Patches, noise, png
 from tests.support.on_hosts import on_devices
 
 GRID = (3, 3)
@@ -46,16 +48,17 @@ def pictures(tmp_path_factory):
     return ImageConfig(folder=str(folder), max_unreadable=0.1, shard_size=6)
 
 
-def config(images, data_dir, name="pictures", grid=GRID):
-    data = DataConfig(name=name, data_dir=str(data_dir))
-    return Config(images=images, data=data, tokenizer=TokenizerConfig(grid=grid))
+def config(images, data_dir, name="pictures", grid=GRID, reader="none"):
+    data, text = DataConfig(name=name, data_dir=str(data_dir)), TextConfig(name=reader)
+    return Config(images=images, data=data, tokenizer=TokenizerConfig(grid=grid), text=text)
 
 
-def run(images, data_dir, *, grid=GRID, tokenizer=None, log=None, **options):
+def run(images, data_dir, *, grid=GRID, reader="none", tokenizer=None, log=None, **options):
     """Tokenizes with what most tests do not care about; returns the files."""
     options = {"placement": placement(), "batch_size": 4,
                "log": [].append if log is None else log.append, **options}  # fmt: skip
-    tokenize(config(images, data_dir, grid=grid), tokenizer or Patches(), **options)
+    cfg = config(images, data_dir, grid=grid, reader=reader)
+    tokenize(cfg, tokenizer or Patches(), **options)
     return contents(data_dir)
 
 
@@ -241,6 +244,95 @@ class TestUnreadableImages:
             run(strict, tmp_path)
         assert [n for n in contents(tmp_path) if n.startswith("shard")] == ["shard-00000.json"]
         assert run(pictures, tmp_path) == unbroken
+
+
+@pytest.fixture
+def captioned(pictures, tmp_path):
+    """The same pictures, number i with 1 + i % 2 captions; none names a side."""
+    folder = tmp_path / "captioned"
+    shutil.copytree(pictures.folder, folder)
+    for file in folder.glob("*/*.png"):
+        captions = [f"picture {int(file.stem) % 5}", "another caption"][: 1 + int(file.stem) % 2]
+        file.with_suffix(".txt").write_text("\n".join(captions))
+    return replace(pictures, folder=str(folder), captions="beside")
+
+
+class TestCaptions:
+    def test_each_image_and_its_mirror_image_have_its_captions_and_their_ids(
+        self, captioned, tmp_path
+    ):
+        logged = []
+        run(captioned, tmp_path, reader="words", log=logged)
+        assert logged[0] == "8 different words in all captions, 2 read of one at most"
+        assert logged[1].startswith("22 captioned images in folder captioned, to 3 x 3 tokens")
+        assert logged[2] == (
+            "mirror images have their originals' captions; 0 of 22 images have a caption with the"
+            " word left or right"
+        )
+        written, numbers = records(tmp_path), [number for number in range(22) if number != 10]
+        info = record_info(DataConfig(name="pictures", data_dir=str(tmp_path)))
+        words = Words(tuple(info.text["words"]), info.text["length"])
+        assert info.text == {
+            "name": "words", "digest": words.digest, "length": 2, "vocabulary": 9,
+            "words": ["0", "1", "2", "3", "4", "another", "caption", "picture"],
+        }  # fmt: skip
+        assert [record["flipped"] for record in written] == [False, True] * len(numbers)
+        for index, record in enumerate(written):
+            number = numbers[index // 2]
+            captions = [f"picture {number % 5}", "another caption"][: 1 + number % 2]
+            assert [each.decode() for each in record["captions"]] == captions
+            np.testing.assert_array_equal(np.stack(record["caption_ids"]), words(captions))
+
+    def test_a_tokenizer_that_was_loaded_reads_them_all_in_any_batches(self, captioned, tmp_path):
+        options = {"reader": "clip", "text": Letters(), "encoder": LetterEncoder("aa")}
+        files = run(captioned, tmp_path / "a", **options)
+        assert run(captioned, tmp_path / "b", batch_size=7, **options) == files
+        info = record_info(DataConfig(name="pictures", data_dir=str(tmp_path / "a")))
+        assert info.text == {
+            "name": "clip", "digest": "ffee", "length": 3, "vocabulary": 100, "encoder_digest": "aa"
+        }  # fmt: skip
+        for record in records(tmp_path / "a"):
+            ids = [[len(each), 0, 0] for each in record["captions"]]
+            assert np.stack(record["caption_ids"]).tolist() == ids
+
+    def test_a_run_that_was_killed_ends_up_the_same(self, captioned, tmp_path):
+        whole = run(captioned, tmp_path / "a", reader="words")
+        Writer.written = 0
+        with POINTS["record"][0](), pytest.raises(Killed):
+            run(captioned, tmp_path / "b", reader="words")
+        assert run(captioned, tmp_path / "b", reader="words") == whole
+        with pytest.raises(UserError, match=r'text.name = "clip", there "words"'):
+            run(captioned, tmp_path / "b", reader="clip", text=Letters())
+
+    @pytest.mark.parametrize(
+        ("flips", "orientations", "said"),
+        [
+            ("auto", 1, "1 of 22 images have a caption with the word left or right: no mirror"),
+            (True, 2, "mirror images have their originals' captions; 1 of 22 images have"),
+            (False, 1, None),
+        ],
+    )
+    def test_mirror_images_are_left_out_where_captions_name_sides(
+        self, captioned, tmp_path, flips, orientations, said
+    ):
+        (pathlib.Path(captioned.folder) / "a/03.txt").write_text("bright, facing LEFT.")
+        logged = []
+        run(replace(captioned, flips=flips), tmp_path, reader="words", log=logged)
+        assert len(records(tmp_path)) == 21 * orientations
+        assert [line.startswith(said or "") for line in logged if "left or right" in line] == (
+            [True] if said else []
+        )
+
+    def test_classes_or_captions_must_be_what_the_config_reads(self, pictures, captioned, tmp_path):
+        with pytest.raises(UserError, match=r"text.name = 'none' does not fit .*, without classes"):
+            run(captioned, tmp_path / "x")
+        for reader in ("words", "clip"):
+            with pytest.raises(UserError, match=f"{reader}' does not fit .*, without captions"):
+                run(pictures, tmp_path / "x", reader=reader, text=Letters())
+        (pathlib.Path(captioned.folder) / "a/03.txt").unlink()
+        with pytest.raises(UserError, match=r"images without captions: a/03.png"):
+            run(captioned, tmp_path / "x", reader="words")
+        assert not (tmp_path / "x").exists()
 
 
 def test_pixels_reach_the_tokenizer_between_0_and_1_and_mirrored():

@@ -1,4 +1,4 @@
-"""Small pictures, sources of them, and a tokenizer without weights."""
+"""Small pictures, sources of them, and tokenizers without weights."""
 
 import io
 from dataclasses import dataclass
@@ -57,4 +57,30 @@ class Patches:
         return jnp.minimum(means * LEVELS, LEVELS - 1).astype(jnp.int32)
 
     def decode(self, params, token_ids, grid):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Letters:
+    """Of captions: the number of their letters, then padding."""
+
+    name: str = "clip"
+    digest: str = "ffee"
+    length: int = 3
+    vocabulary: int = 100
+
+    def __call__(self, captions):
+        return np.array([[len(each), 0, 0] for each in captions], np.int32).reshape(-1, 3)
+
+
+@dataclass(frozen=True)
+class LetterEncoder:
+    """Has a digest, and reads nothing."""
+
+    digest: str
+    name: str = "clip"
+    width: int = 4
+    params: tuple = ()
+
+    def encode(self, params, ids):
         raise NotImplementedError

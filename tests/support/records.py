@@ -22,6 +22,10 @@ PLAN = RecordPlan(
     shard_size=4,
 )
 
+# of captioned images
+TEXT = {"name": "fake", "digest": "5678", "length": 4, "vocabulary": 100}
+CAPTIONED = replace(PLAN, class_names=(), text=TEXT)
+
 
 def write_shards(folder, shards):
     """Records whose tokens are all the image's number, plus 500 in mirror images."""
@@ -30,7 +34,19 @@ def write_shards(folder, shards):
         images = np.repeat(plan.images_of(shard), 1 + plan.flips)
         flipped = np.arange(len(images)) % (1 + plan.flips) > 0
         tokens = np.tile((images + 500 * flipped)[:, None], (1, plan.grid[0] * plan.grid[1]))
-        folder.write(shard, tokens.astype(np.uint16), images % 2, flipped, {})
+        columns = {"tokens": tokens.astype(np.uint16), "flipped": flipped}
+        if plan.text is None:
+            columns["label"] = images % 2
+        else:
+            columns |= captions_of(plan.text, images)
+        folder.write(shard, columns, {})
+
+
+def captions_of(text, images):
+    """Image i has 1 + i % 3 captions; all ids of caption k are 10 i + k."""
+    captions = [[f"{i}.{k}" for k in range(1 + i % 3)] for i in images.tolist()]
+    ids = [[[10 * i + k] * text["length"] for k in range(1 + i % 3)] for i in images.tolist()]
+    return {"captions": captions, "caption_ids": [np.array(each, np.int32) for each in ids]}
 
 
 def written(data_dir, **changes):

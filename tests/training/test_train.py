@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import jax
@@ -6,12 +7,16 @@ import pytest
 from PIL import Image
 
 from enat_jax.__main__ import main
+from enat_jax.config import Config, TextConfig
+from enat_jax.data.batches import record_info
 from enat_jax.errors import UserError
 from enat_jax.parallel.accelerators import Accelerator
 from enat_jax.parallel.placement import MeshConfig, Placement
 from enat_jax.training import programs as programs_module
 from enat_jax.training.programs import TrainingPrograms
-from enat_jax.training.train import train
+from enat_jax.training.train import _check_text, train
+from tests.support.images import LetterEncoder, Letters
+from tests.support.records import CAPTIONED, PLAN, TEXT, toys, written
 from tests.support.runs import assert_same, entries, losses, saved
 
 
@@ -144,3 +149,46 @@ def test_the_first_state_depends_on_the_seed_alone(tiny_config):
     jax.tree.map(np.testing.assert_array_equal, first.params, first.ema)
     pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(other.params), strict=True)
     assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in pairs)
+
+
+def check_text(data_dir, records, cfg, digests=None):
+    """Records of classes, or with some fields of TEXT changed, beside a config and its CLIP."""
+    plan = dataclasses.asdict(PLAN if records is None else CAPTIONED)
+    written(data_dir, **plan | ({} if records is None else {"text": TEXT | records}))
+    config = Config(text=TextConfig(**cfg), data=toys(data_dir))
+    of, encoder = digests or (None, None)
+    clip = (Letters(digest=of), LetterEncoder(encoder)) if digests else (None, None)
+    _check_text(config, record_info(config.data), *clip)
+
+
+WORDS, CLIP = {"name": "words"}, {"name": "clip", "digest": "56", "encoder_digest": "78"}
+
+
+@pytest.mark.parametrize(
+    ("records", "cfg", "digests"),
+    [
+        (None, {}, None),
+        (WORDS, WORDS, None),
+        (WORDS, {**WORDS, "length": 4}, None),
+        (CLIP, {"name": "clip"}, ("56", "78")),
+    ],
+)
+def test_records_fit_the_text_that_read_their_captions(tmp_path, records, cfg, digests):
+    check_text(tmp_path, records, cfg, digests)
+
+
+@pytest.mark.parametrize(
+    ("records", "cfg", "digests", "message"),
+    [
+        (WORDS, {}, None, "text.name = none, the records have words$"),
+        (None, WORDS, None, "text.name = words, the records have none$"),
+        (WORDS, {**WORDS, "length": 5}, None, "text.length = 5, the records have 4$"),
+        (CLIP, {"name": "clip"}, ("9" * 64, "78"),
+         "digest of text.weights' tokenizer = 999999999999, the records have 56$"),
+        (CLIP, {"name": "clip"}, ("56", "87"),
+         "digest of text.weights' encoder = 87, the records have 78$"),
+    ],
+)  # fmt: skip
+def test_records_of_another_text_are_refused(tmp_path, records, cfg, digests, message):
+    with pytest.raises(UserError, match=f"config does not fit the records toys: {message}"):
+        check_text(tmp_path, records, cfg, digests)

@@ -1,0 +1,1 @@
+"""Captions as token ids, and what a network reads of them."""
