@@ -242,8 +242,9 @@ class EvaluateConfig:
 
     Attributes:
         metrics: `inception` (FID, sFID, Inception Score, precision and recall); `digits` (Frechet
-            distance of pixels, and accuracy, on the digits data set); or
-            `package.module:function`, an importable function of all images and their class ids.
+            distance of pixels, and accuracy, on the digits data set); `emoji` (role, gender and
+            tone of the emojis in the split that `images` names); or `package.module:function`, an
+            importable function of all images and their class ids.
         inception: path of `pt_inception-2015-12-05-6726825d.pth`.
         inception_digest: how the file's SHA-256 begins; another only for weights of one's own.
         reference: path of the real images' statistics (`.npz` with `mu` and `sigma`), such as
@@ -272,7 +273,8 @@ class ObjectiveConfig:
     """What is minimised.
 
     Attributes:
-        name: `fid`; `digits` (Frechet distance of pixels, and accuracy, on the digits data set); or
+        name: `fid`; `digits` (Frechet distance of pixels, and accuracy, on the digits data set);
+            `emoji` (role, gender and tone of the emojis in the split that `images` names); or
             `package.module:function`, an importable function of all token ids or images and their
             class ids that returns a number, less being better.
         output: what a function is given: token ids `[b n]`, images in [0, 1] or ones of 256 levels

@@ -128,9 +128,8 @@ def emoji_objective(cells: Cells) -> Objective:
     def add(sums: np.ndarray, seen: np.ndarray, indices: np.ndarray) -> np.ndarray:
         return sums + _counts(cells.right(seen, indices))
 
-    return Objective(
-        "uint8", (Metric(_NAMES, lambda: np.zeros(len(_NAMES), np.int64), add, _shares),)
-    )
+    metric = Metric(_NAMES, lambda: np.zeros(len(_NAMES), np.int64), add, _shares)
+    return Objective("uint8", (metric,), prompts=cells.prompts)
 
 
 def _counts(right: Bool[np.ndarray, "b 3"]) -> Int[np.ndarray, " k"]:

@@ -1,7 +1,7 @@
 """What a metric is: images are added up batch by batch, and give named numbers."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -45,11 +45,14 @@ class Objective:
         metrics: what gives the numbers; the first one of the first is what a search minimises.
         look: makes of a batch what the metrics see of it, a tree of arrays with the images along
             the first axis; the batch itself by default.
+        prompts: what is asked for, image i being of prompt i modulo their number, and that number
+            standing for its class id; none where images are of classes.
     """
 
     wants: Wants
     metrics: tuple[Metric, ...]
     look: Callable[[Batch], Any] = lambda made: made
+    prompts: Sequence[str] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 from enat_jax.config import Config, EvaluateConfig, ObjectiveConfig
 from enat_jax.errors import UserError
 from enat_jax.evaluation.digits import digits_objective
+from enat_jax.evaluation.emoji import Cells, emoji_objective
 from enat_jax.evaluation.frechet import frechet
 from enat_jax.evaluation.inception import FeatureExtractor
 from enat_jax.evaluation.inception_score import SPLITS, inception_score
@@ -60,6 +61,8 @@ def _objectives(
             f"{what} scores images, but tokenizer.name is 'none': this model gives token ids, not"
             " images"
         )
+    if name == "emoji":
+        return [emoji_objective(Cells(generator.images.data_dir, generator.images.split))]
     if name == inception:
         section = field.partition(".")[0]
         missing = [f"{section}.{n}" for n in ("inception", "reference") if not getattr(cfg, n)]
@@ -73,7 +76,9 @@ def _objectives(
         metrics = _inception_metrics(cfg)
         return [Objective(wants, metrics, look) for wants in outputs]
     if ":" not in name.strip(":"):
-        raise UserError(f"{what} must be {inception!r}, 'digits' or 'package.module:function'")
+        raise UserError(
+            f"{what} must be {inception!r}, 'digits', 'emoji' or 'package.module:function'"
+        )
     metrics = (user_function(what, name),)
     return [Objective(wants, metrics) for wants in outputs]
 

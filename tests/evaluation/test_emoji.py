@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from enat_jax.config import ObjectiveConfig, config_from_dict
 from enat_jax.data.emoji import GENDERS, SPLITS, TONES, Cell
 from enat_jax.errors import UserError
 from enat_jax.evaluation import emoji
 from enat_jax.evaluation.emoji import Cells, emoji_objective
+from enat_jax.evaluation.objective import make_objective
+from enat_jax.parallel.placement import Placement
 from enat_jax.tokenizers.config import PatchesConfig
 from enat_jax.tokenizers.patches import PatchesTokenizer, cut, patches_params
 from tests.support.images import encoded
@@ -126,6 +129,14 @@ def test_the_objective_adds_up_batches_to_the_same_score():
     assert scorer.value() == pytest.approx(scored.score(images, indices))
     with pytest.raises(UserError, match="at least 1 image"):
         objective.start().value()
+
+
+def test_a_configs_objective_asks_for_the_cells_of_the_split_that_it_names():
+    fields = {"images": {"name": "emoji", "split": "held_out"}, "tokenizer": {"name": "pixels"}}
+    generator = config_from_dict({**fields, "model": {"codebook_size": 9}})
+    placement = Placement.of(generator.mesh)
+    objective = make_objective(ObjectiveConfig(name="emoji"), generator, placement)
+    assert objective.prompts == cells().prompts
 
 
 def test_a_split_that_is_none_is_refused():
