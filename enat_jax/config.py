@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from enat_jax.config_file import limited, make_config, read_config
+from enat_jax.config_file import limited, make_config, read_config, read_fields
 from enat_jax.core.schedules import StrategyConfig, make_strategy
 from enat_jax.models.autonat.config import AutoNATConfig
 from enat_jax.models.enat.config import ENATConfig
-from enat_jax.tokenizers.config import DiscriminatorConfig, VQGANConfig
+from enat_jax.tokenizers.config import DiscriminatorConfig, PatchesConfig, VQGANConfig
 
 Policy = Literal["replicated", "zero1", "zero2", "fsdp"]
 Wants = Literal["token_ids", "floats", "uint8"]
@@ -22,13 +22,15 @@ class TokenizerConfig:
     """What turns token ids into images.
 
     Attributes:
-        name: `vqgan`, `pixels` (grey levels are tokens), or `none`: token ids only.
+        name: `vqgan`, `patches` (a codebook of small squares of pixels), `pixels` (grey levels are
+            tokens), or `none`: token ids only.
         grid: rows and columns of tokens.
-        weights: workdir of the VQGAN, made by `train_tokenizer` or `convert --kind=vqgan`.
+        weights: workdir of the VQGAN or the patches, made by `train_tokenizer`; of a VQGAN also by
+            `convert --kind=vqgan`.
         dtype: of the VQGAN's activations; the reference encodes in float32.
     """
 
-    name: Literal["vqgan", "pixels", "none"] = "none"
+    name: Literal["vqgan", "patches", "pixels", "none"] = "none"
     grid: tuple[int, int] = limited((16, 16), at_least=1)
     weights: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -86,7 +88,7 @@ class ImageConfig:
 
     Attributes:
         folder: A folder with a folder of images for each class, or of images with captions; or
-        name: TFDS name of a prepared data set with `image` and `label`.
+        name: TFDS name of a prepared data set with `image`, and `label` or `captions`.
         captions: Where the captions of the folder's images are, one or several of each. `beside`:
             in a `NAME.txt` beside each image, one a line. `tar`: the folder holds tar files with
             `KEY.jpg` and `KEY.txt`, as img2dataset writes them. Or a file: a `.csv` or `.jsonl`
@@ -240,12 +242,15 @@ class EvaluateConfig:
 
     Attributes:
         metrics: `inception` (FID, sFID, Inception Score, precision and recall); `digits` (Frechet
-            distance of pixels, and accuracy, on the digits data set); or
-            `package.module:function`, an importable function of all images and their class ids.
+            distance of pixels, and accuracy, on the digits data set); `emoji` (role, gender and
+            tone of the emojis in the split that `images` names); or `package.module:function`, an
+            importable function of all images and their class ids.
         inception: path of `pt_inception-2015-12-05-6726825d.pth`.
         inception_digest: how the file's SHA-256 begins; another only for weights of one's own.
         reference: path of the real images' statistics (`.npz` with `mu` and `sigma`), such as
             ADM's, U-ViT's, or made by the verb `statistics`.
+        prompts: a file of captions, one a line, for a model of captions: image i is of caption i
+            modulo their number.
         num_images: images to make; FID-50k has 50,000.
         protocol: `floats` takes images as they come from the decoder, as the reference does;
             `uint8` rounds them to 256 levels, as everybody does who saves them first; or `both`.
@@ -258,6 +263,7 @@ class EvaluateConfig:
     inception: str = ""
     inception_digest: str = "6726825d"
     reference: str = ""
+    prompts: str = ""
     num_images: int = limited(50_000, at_least=2, at_most=10**8)
     protocol: Literal["floats", "uint8", "both"] = "both"
     precision_recall: bool = True
@@ -270,7 +276,8 @@ class ObjectiveConfig:
     """What is minimised.
 
     Attributes:
-        name: `fid`; `digits` (Frechet distance of pixels, and accuracy, on the digits data set); or
+        name: `fid`; `digits` (Frechet distance of pixels, and accuracy, on the digits data set);
+            `emoji` (role, gender and tone of the emojis in the split that `images` names); or
             `package.module:function`, an importable function of all token ids or images and their
             class ids that returns a number, less being better.
         output: what a function is given: token ids `[b n]`, images in [0, 1] or ones of 256 levels
@@ -395,6 +402,12 @@ _WARM_UP = (
     "must be below {1}",
 )
 
+_ONE_SOURCE = (
+    "images.folder images.name",
+    lambda folder, name: bool(folder) != bool(name),
+    "or {1}: give one of them",
+)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -424,6 +437,8 @@ class Config:
         ("tokenizer.weights tokenizer.name", lambda weights, name: weights or name != "vqgan",
          "must name the workdir of a VQGAN (made by `train_tokenizer` or `convert --kind=vqgan`)"
          " for {1}"),
+        ("tokenizer.weights tokenizer.name", lambda weights, name: weights or name != "patches",
+         "must name the workdir of patches (made by `train_tokenizer`) for {1}"),
         ("train.reuse_probability model.carries_features",
          lambda probability, carries: carries or probability == 0,
          "must be 0 for a network that carries no features"),
@@ -447,8 +462,7 @@ class TokenizerRunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     RULES = (
-        ("images.folder images.name", lambda folder, name: bool(folder) != bool(name),
-         "or {1}: give one of them"),
+        _ONE_SOURCE,
         ("held_out.folder held_out.split", lambda folder, split: not (folder and split),
          "and {1}: give one of them at most"),
         ("held_out.split images.name", lambda split, name: name or not split,
@@ -459,6 +473,45 @@ class TokenizerRunConfig:
          "must be below {1}"),
         _WARM_UP,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PatchesTrainConfig:
+    """How patches are learnt.
+
+    Attributes:
+        seed: of everything random.
+        image_size: pixels per side of the images that are cut into patches.
+        images: at most so many, evenly out of all.
+    """
+
+    seed: int = limited(0, at_least=0, below=2**32)
+    image_size: int = limited(24, at_least=1)
+    images: int = limited(4000, at_least=1)
+
+
+@dataclass(frozen=True)
+class PatchesRunConfig:
+    """One codebook of patches of one set of images."""
+
+    model: PatchesConfig = field(default_factory=PatchesConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
+    train: PatchesTrainConfig = field(default_factory=PatchesTrainConfig)
+
+    RULES = (
+        _ONE_SOURCE,
+        ("train.image_size model.patch", lambda size, patch: size % patch == 0,
+         "must be a multiple of {1}"),
+    )  # fmt: skip
+
+
+def load_tokenizer_config(
+    path: str, overrides: Sequence[str] = ()
+) -> TokenizerRunConfig | PatchesRunConfig:
+    """The config of a tokenizer's file, whose `model.name` says of which; see `make_config`."""
+    fields = read_fields(path)
+    of_patches = dict(fields.get("model", {})).get("name") == PatchesConfig.name
+    return make_config(PatchesRunConfig if of_patches else TokenizerRunConfig, fields, overrides)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:

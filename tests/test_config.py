@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from enat_jax.config import Config, TokenizerRunConfig, config_from_dict, load_config
+from enat_jax.config import (
+    Config,
+    PatchesRunConfig,
+    TokenizerRunConfig,
+    config_from_dict,
+    load_config,
+    load_tokenizer_config,
+)
 from enat_jax.config_file import make_config, read_config, read_fields
 from enat_jax.errors import UserError
 from enat_jax.experiments.ablate.config import AblateConfig
@@ -39,7 +46,7 @@ def test_a_config_is_checked_without_jax():
 
 
 def test_every_field_of_a_section_is_documented():
-    kinds = (Config, TokenizerRunConfig, SearchConfig, AblateConfig)
+    kinds = (Config, TokenizerRunConfig, PatchesRunConfig, SearchConfig, AblateConfig)
     fields = [each for kind in kinds for each in dataclasses.fields(kind)]
     sections = {each.default_factory for each in fields} | {SearchConfig, AblateConfig}
     for section in filter(dataclasses.is_dataclass, sections):
@@ -53,6 +60,8 @@ class TestShippedConfigs:
     def test_one_is_right_as_it_stands_says_how_it_is_run_and_survives_json(self, path):
         words = path.stem.split("_")
         kind, verb = KINDS.get(words[0], KINDS.get(words[-1], (Config, "train")))
+        if kind is TokenizerRunConfig:
+            kind = type(load_tokenizer_config(str(path)))
         config = read_config(kind, str(path))
         assert f"enat {verb} --config=configs/{path.relative_to(FOLDER)}" in path.read_text()
         stored = json.dumps(dataclasses.asdict(config))
@@ -60,9 +69,9 @@ class TestShippedConfigs:
         assert json.dumps(dataclasses.asdict(again)) == stored
         assert kind is AblateConfig or again == config  # whose grid's tuples are lists in JSON
 
-    @pytest.mark.parametrize("name", ["photos", "my_images"])
+    @pytest.mark.parametrize("name", ["photos", "my_images", "emoji"])
     def test_a_tokenizers_config_fits_that_of_the_network_that_uses_its_tokens(self, name):
-        tokenizer = read_config(TokenizerRunConfig, f"configs/{name}_tokenizer.py")
+        tokenizer = load_tokenizer_config(f"configs/{name}_tokenizer.py")
         user = load_config(f"configs/{name}.py")
         assert user.tokenizer.grid[0] * tokenizer.model.patch == tokenizer.train.image_size
         assert user.model.codebook_size in (0, tokenizer.model.codebook_size)
@@ -154,6 +163,7 @@ RULES = [
     ("optim.decay=cosine train.steps=9", "optim.warmup_steps = 5000 must be below train.steps = 9"),
     ("tokenizer.name=pixels", "model.codebook_size = 1024 must be 2 to 256 greys for"),
     ("tokenizer.name=vqgan", "tokenizer.weights = '' must name the workdir of a VQGAN"),
+    ("tokenizer.name=patches", "tokenizer.weights = '' must name the workdir of patches"),
     ("strategy.schedule=sqrt strategy.steps=200", "strategy: mask_ratio leaves no token"),
     ("train.profile_steps=(3,2)", "train.profile_steps = (3, 2) must be the first and the last"),
     ("train.profile_steps=(0,2)", "train.profile_steps = (0, 2) must be the first and the last"),
@@ -191,17 +201,26 @@ TOKENIZER_RULES = [
 ]
 
 
+PATCHES = read_fields("configs/emoji_tokenizer.py")
+PATCHES_RULES = [
+    ("images.folder=mine", "images.folder = 'mine' or images.name = 'emoji': give one of them"),
+    ("train.image_size=25", "train.image_size = 25 must be a multiple of model.patch = 3"),
+    ("model.channels=3", "model.channels = 3 is no field of model"),
+]
+FIELDS = {Config: {}, TokenizerRunConfig: PHOTOS, PatchesRunConfig: PATCHES}
+
+
 class TestRules:
     @pytest.mark.parametrize(
         ("kind", "texts", "problem"),
         [
             *((Config, *rule) for rule in RULES),
             *((TokenizerRunConfig, *r) for r in TOKENIZER_RULES),
+            *((PatchesRunConfig, *r) for r in PATCHES_RULES),
         ],
     )
     def test_what_does_not_go_together_is_one_problem(self, kind, texts, problem):
-        fields = {} if kind is Config else PHOTOS
-        (only,) = refusals(*texts.split(), kind=kind, fields=fields)
+        (only,) = refusals(*texts.split(), kind=kind, fields=FIELDS[kind])
         assert only.startswith(problem)
 
     def test_pixels_may_leave_their_number_of_greys_to_the_records(self):

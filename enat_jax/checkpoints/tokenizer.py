@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import jax
 from flax import nnx
@@ -13,17 +14,24 @@ from enat_jax.config import TokenizerConfig
 from enat_jax.config_file import make_config
 from enat_jax.errors import UserError
 from enat_jax.parallel.placement import Placement
+from enat_jax.tokenizers.config import PatchesConfig
+from enat_jax.tokenizers.patches import PatchesTokenizer, abstract_patches
 from enat_jax.tokenizers.pixels import Pixels
 from enat_jax.tokenizers.protocol import Tokenizer
 from enat_jax.tokenizers.vqgan import VQGANConfig, VQGANTokenizer, abstract_vqgan
 
 CHECKPOINTS = "checkpoints"  # folder of a workdir
+# kind, as the metadata name it: what it is called, its config, and its weights' shapes
+_KINDS = {
+    "vqgan": ("a VQGAN", VQGANConfig, lambda cfg: abstract_vqgan(cfg)[1]),
+    "patches": ("patches", PatchesConfig, abstract_patches),
+}
 
 
 def load_tokenizer(
     cfg: TokenizerConfig, codebook_size: int, placement: Placement | None = None
 ) -> Tokenizer | None:
-    """The tokenizer a config names, None for `none`; its weights as `load_vqgan` has them.
+    """The tokenizer a config names, None for `none`; its weights as `load_vqgan` places them.
 
     `codebook_size` is that of the network that is to use it; 0 takes the tokenizer's
     (of `pixels` 256).
@@ -35,13 +43,19 @@ def load_tokenizer(
         return None
     if cfg.name == "pixels":
         return Pixels(codebook_size or 256)
-    vqgan, params = load_vqgan(cfg.weights, dtype=cfg.dtype, placement=placement)
-    if codebook_size not in (0, vqgan.codebook_size):
+    if cfg.name == "patches":
+        patches, params = _load(cfg.weights, "patches", placement)
+        tokenizer = PatchesTokenizer(patches, params, weights_digest(params))
+    else:
+        vqgan, params = load_vqgan(cfg.weights, dtype=cfg.dtype, placement=placement)
+        tokenizer = VQGANTokenizer(vqgan, params, weights_digest(params))
+    if codebook_size not in (0, tokenizer.codebook_size):
+        what = _KINDS[cfg.name][0].removeprefix("a ")
         raise UserError(
-            f"config: model.codebook_size = {codebook_size}, the VQGAN in {cfg.weights} has"
-            f" {vqgan.codebook_size}"
+            f"config: model.codebook_size = {codebook_size}, the {what} in {cfg.weights} has"
+            f" {tokenizer.codebook_size}"
         )
-    return VQGANTokenizer(vqgan, params, weights_digest(params))
+    return tokenizer
 
 
 def load_vqgan(
@@ -54,18 +68,25 @@ def load_vqgan(
     Raises:
         CheckpointError: no readable checkpoint of a VQGAN there.
     """
+    cfg, params = _load(path, "vqgan", placement, dtype=dtype)
+    return cfg, params
+
+
+def _load(
+    path: str | os.PathLike[str], kind: str, placement: Placement | None, **changed: Any
+) -> tuple[Any, nnx.State]:
+    """Config and EMA of a tokenizer of one kind, the config with some fields changed."""
+    what, config, abstract = _KINDS[kind]
     folder = pathlib.Path(path) / CHECKPOINTS
     if not folder.is_dir():
-        raise CheckpointError(f"tokenizer.weights = {os.fspath(path)!r} is no workdir of a VQGAN")
+        raise CheckpointError(f"tokenizer.weights = {os.fspath(path)!r} is no workdir of {what}")
     checkpoints = Checkpoints(folder, read_only=True)
     metadata = checkpoints.metadata()
-    if "vqgan" not in metadata:
-        raise CheckpointError(f"{folder} holds another model than a VQGAN")
-    cfg = make_config(VQGANConfig, metadata["vqgan"])
-    cfg = dataclasses.replace(cfg, dtype=dtype)
+    if kind not in metadata:
+        raise CheckpointError(f"{folder} holds another model than {what}")
+    cfg = dataclasses.replace(make_config(config, metadata[kind]), **changed)
     sharding = placement.replicated if placement else None
-    shapes = abstract_vqgan(cfg)[1]
-    target = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), shapes)
+    target = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), abstract(cfg))
     restored = checkpoints.restore({"ema": target})
     assert restored is not None  # its metadata were there
     return cfg, restored[1]["ema"]

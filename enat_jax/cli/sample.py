@@ -11,7 +11,6 @@ from enat_jax.cli.shared_flags import generates, restored, whole_number, whole_n
 from enat_jax.errors import UserError
 
 _MOST_IMAGES = 10**8  # of one call: class ids alone take 800 MB
-_MOST_BYTES = 2**28  # of a file of captions
 
 
 def define(values: flags.FlagValues) -> None:
@@ -79,18 +78,9 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
 
 def _prompts(args: flags.FlagValues) -> list[str]:
     """The captions of both flags."""
-    from enat_jax.files import read_bytes
+    from enat_jax.data.captions import read_prompts
 
-    lines: list[str] = []
-    if args.prompts:
-        try:
-            text = read_bytes(pathlib.Path(args.prompts), most=_MOST_BYTES).decode()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--prompts={args.prompts}: {error}") from error
-        lines = [line for line in map(str.strip, text.splitlines()) if line]
-        if not lines:
-            raise UserError(f"--prompts={args.prompts}: holds no captions")
-    return [*args.prompt, *lines]
+    return [*args.prompt, *(read_prompts(args.prompts) if args.prompts else ())]
 
 
 def _watched(batches: Iterable[Any], total: int) -> Iterator[Any]:

@@ -68,9 +68,20 @@ def clean(captions: Iterable[str]) -> tuple[str, ...]:
     return tuple(" ".join(each) for each in words if each)
 
 
-def _lines(path: pathlib.Path) -> tuple[str, ...]:
+def read_prompts(name: str) -> list[str]:
+    """The captions of a text file, one a line.
+
+    Raises:
+        UserError: a file that cannot be read, or holds none.
+    """
+    if not (prompts := _lines(pathlib.Path(name).expanduser(), most=_MOST_BYTES)):
+        raise UserError(f"captions {name!r}: holds none")
+    return list(prompts)
+
+
+def _lines(path: pathlib.Path, most: int = MOST_BYTES) -> tuple[str, ...]:
     try:
-        return clean(read_bytes(path, most=MOST_BYTES).decode("utf-8-sig").splitlines())
+        return clean(read_bytes(path, most=most).decode("utf-8-sig").splitlines())
     except OSError as error:
         raise UserError(f"captions {str(path)!r}: {error.strerror}") from error
     except ValueError as error:

@@ -208,9 +208,13 @@ def _data_set(cfg: ImageConfig) -> ImageSource:
     )
     image, label = features.get("image"), features.get("label")
     pictured = isinstance(image, tfds.features.Image)
-    if not (pictured and isinstance(label, tfds.features.ClassLabel)):
-        raise UserError(f"{where}: it must have an image and a label, it has {sorted(features)}")
-    name, classes = f"{name}, split {cfg.split}", tuple(label.names)
+    classed = isinstance(label, tfds.features.ClassLabel)
+    captioned = isinstance(features.get("captions"), tfds.features.Sequence)
+    if not (pictured and (classed or captioned)):
+        raise UserError(
+            f"{where}: it must have an image, and a label or captions, it has {sorted(features)}"
+        )
+    name, classes = f"{name}, split {cfg.split}", tuple(label.names) if classed else ()
 
     def describe(index: int) -> str:
         record = f"record {index} of {name}"
@@ -225,6 +229,9 @@ def _data_set(cfg: ImageConfig) -> ImageSource:
             raise UserError(f"{describe(index)} has label {label}, must lie in [0, {len(classes)})")
         return label
 
+    def captions(index: int) -> tuple[str, ...]:
+        return tuple(text.decode(errors="replace") for text in source[index]["captions"])
+
     return ImageSource(
         name=name,
         digest=_digest([name, str(len(source)), *classes]),
@@ -233,6 +240,7 @@ def _data_set(cfg: ImageConfig) -> ImageSource:
         class_id=class_id,
         describe=describe,
         encoded=lambda index: source[index]["image"],
+        captions=None if classed else captions,
     )
 
 

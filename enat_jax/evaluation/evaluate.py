@@ -69,7 +69,8 @@ def evaluate(
     done = saved = from_primary(unfinished.read) if unfinished else 0
     if done:
         say(f"going on from image {done}")
-    total, classes = cfg.num_images, np.arange(cfg.num_images) % config.model.num_classes
+    kinds = objectives[0].kinds(config.model.num_classes)
+    total, classes = cfg.num_images, np.arange(cfg.num_images) % kinds
     if cfg.metrics == "digits":
         classes = np.sort(classes)  # what the README's figures are of
     looks = _looks(sampler, objectives, classes, seed, done)
@@ -109,7 +110,8 @@ def _looks(
     """Asks the devices, without waiting, for batches: how many count, and what is seen of each."""
     output: Wants = "token_ids" if objectives[0].wants == "token_ids" else "floats"
     as_levels = jax.jit(as_uint8)
-    for count, made in sampler.batches(classes, output=output, seed=seed, first=first):
+    asked = objectives[0].asked(classes)
+    for count, made in sampler.batches(**asked, output=output, seed=seed, first=first):
         yield count, {each.wants: each.look(as_levels(made) if each.wants == "uint8" else made)
                       for each in objectives}  # fmt: skip
 
@@ -117,7 +119,9 @@ def _looks(
 def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]:
     """Everything that determines the scores, for the result and to know an old state by."""
     config, cfg = restored.config, restored.config.evaluate
-    files = {name: path for name in ("inception", "reference") if (path := getattr(cfg, name))}
+    files = {
+        name: path for name in ("inception", "reference", "prompts") if (path := getattr(cfg, name))
+    }
     return {
         "images": cfg.num_images,
         "seed": seed,

@@ -1,7 +1,7 @@
 """What a metric is: images are added up batch by batch, and give named numbers."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
+from enat_jax.errors import UserError
 from enat_jax.parallel.hosts import all_gather, from_primary, is_primary
 
 Wants = Literal["token_ids", "floats", "uint8"]
@@ -45,11 +46,30 @@ class Objective:
         metrics: what gives the numbers; the first one of the first is what a search minimises.
         look: makes of a batch what the metrics see of it, a tree of arrays with the images along
             the first axis; the batch itself by default.
+        prompts: what is asked for, image i being of prompt i modulo their number, and that number
+            standing for its class id; none where images are of classes.
     """
 
     wants: Wants
     metrics: tuple[Metric, ...]
     look: Callable[[Batch], Any] = lambda made: made
+    prompts: Sequence[str] = ()
+
+    def kinds(self, num_classes: int) -> int:
+        """How many different things are asked for: prompts, or classes.
+
+        Raises:
+            UserError: a model of captions, and an objective without any.
+        """
+        if not (kinds := len(self.prompts) or num_classes):
+            raise UserError("this model makes images of captions, and nothing says which")
+        return kinds
+
+    def asked(self, numbers: Int[np.ndarray, " b"]) -> dict[str, Any]:
+        """What a sampler is asked for, by the numbers of prompts or classes."""
+        if self.prompts:
+            return {"prompts": [self.prompts[number] for number in numbers]}
+        return {"class_ids": numbers}
 
     @property
     def names(self) -> tuple[str, ...]:

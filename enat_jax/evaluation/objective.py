@@ -1,5 +1,6 @@
 """The scores that a config can ask for, by name."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 
@@ -7,8 +8,10 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from enat_jax.config import Config, EvaluateConfig, ObjectiveConfig
+from enat_jax.data.captions import read_prompts
 from enat_jax.errors import UserError
 from enat_jax.evaluation.digits import digits_objective
+from enat_jax.evaluation.emoji import Cells, emoji_objective
 from enat_jax.evaluation.frechet import frechet
 from enat_jax.evaluation.inception import FeatureExtractor
 from enat_jax.evaluation.inception_score import SPLITS, inception_score
@@ -33,7 +36,11 @@ def evaluated(generator: Config, placement: Placement) -> list[Objective]:
     """What `evaluate` scores a generator by, for each protocol; otherwise as `make_objective`."""
     cfg = generator.evaluate
     outputs = ("floats", "uint8") if cfg.protocol == "both" else (cfg.protocol,)
-    return _objectives("evaluate.metrics", cfg.metrics, cfg, outputs, generator, placement)
+    given = "evaluate.metrics", cfg.metrics, cfg, outputs, generator, placement
+    if not cfg.prompts:
+        return _objectives(*given)
+    prompts = read_prompts(cfg.prompts)
+    return [dataclasses.replace(each, prompts=prompts) for each in _objectives(*given)]
 
 
 def _objectives(
@@ -60,6 +67,8 @@ def _objectives(
             f"{what} scores images, but tokenizer.name is 'none': this model gives token ids, not"
             " images"
         )
+    if name == "emoji":
+        return [emoji_objective(Cells(generator.images.data_dir, generator.images.split))]
     if name == inception:
         section = field.partition(".")[0]
         missing = [f"{section}.{n}" for n in ("inception", "reference") if not getattr(cfg, n)]
@@ -73,7 +82,9 @@ def _objectives(
         metrics = _inception_metrics(cfg)
         return [Objective(wants, metrics, look) for wants in outputs]
     if ":" not in name.strip(":"):
-        raise UserError(f"{what} must be {inception!r}, 'digits' or 'package.module:function'")
+        raise UserError(
+            f"{what} must be {inception!r}, 'digits', 'emoji' or 'package.module:function'"
+        )
     metrics = (user_function(what, name),)
     return [Objective(wants, metrics) for wants in outputs]
 

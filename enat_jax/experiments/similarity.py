@@ -67,6 +67,8 @@ def similarity(
     no_tokenizer = TokenizerConfig(grid=config.tokenizer.grid)  # token ids are all that is made
     sampler = Sampler(dataclasses.replace(config, tokenizer=no_tokenizer), restored.ema)
     layout, _ = sampler.program.plan()
+    if config.model.condition != "class":
+        raise UserError("similarity compares images of classes, this model makes them of captions")
     if layout.steps < 2:
         raise UserError(f"strategy.steps = {layout.steps}, must be at least 2 to compare")
     kind = getattr(config.model, "reuse", "last_layer")

@@ -203,7 +203,7 @@ def restore(
         folder = folder / CHECKPOINTS
     checkpoints = Checkpoints(folder, read_only=True)
     metadata = checkpoints.metadata(step)
-    if "config" not in metadata or "vqgan" in metadata:
+    if "config" not in metadata or {"vqgan", "patches"} & set(metadata):
         raise CheckpointError(f"{folder} holds no checkpoint of an image generator")
     # where it was trained does not say where it is used: the default mesh, unless overridden
     config = overrides({**metadata["config"], "mesh": {}})

@@ -1,4 +1,4 @@
-"""The configs of a VQGAN and of the discriminator that it is trained with."""
+"""The configs of tokenizers with weights, and of a VQGAN's discriminator."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +48,21 @@ class VQGANConfig:
     def widths(self) -> list[int]:
         """Channels of each level, from the highest resolution down."""
         return [self.channels * multiplier for multiplier in self.channel_multipliers]
+
+
+@dataclass(frozen=True)
+class PatchesConfig:
+    """Sizes of a codebook of patches.
+
+    Attributes:
+        name: tells the config from a VQGAN's.
+        patch: pixels along each side of a token.
+        codebook_size: number of codebook entries.
+    """
+
+    name: Literal["patches"] = "patches"
+    patch: int = limited(3, at_least=1)
+    codebook_size: int = limited(1024, at_least=2, below=2**16)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from flax import nnx
 from enat_jax.checkpoints.tokenizer import CHECKPOINTS, load_vqgan
 from enat_jax.config import Config, TokenizerConfig
 from enat_jax.errors import UserError
+from enat_jax.models.captions import condition_shapes
 from enat_jax.models.enat.config import ENATConfig
 from enat_jax.models.enat.flops import paper_gflops
 from enat_jax.models.flops import generation_flops, padding
 from enat_jax.models.networks import make_network
 from enat_jax.parallel.accelerators import accelerator_of
 from enat_jax.parallel.placement import Placement
-from enat_jax.sampling.program import GenerationProgram, Layers, Output, abstract_params
+from enat_jax.sampling.program import GenerationProgram, Layers, abstract_params
 from enat_jax.sampling.sampler import Sampler
 from enat_jax.tokenizers.vqgan import VQGAN, VQGANConfig
 from enat_jax.tools.compile import unknown_sizes
@@ -115,11 +116,10 @@ def _count_flops(config: Config) -> dict[str, Any]:
 def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
     run = TrainingPrograms(config, Placement.of(config.mesh))
     rng, batch = np.random.default_rng(0), config.train.batch_size
-    limits = (config.model.codebook_size, config.model.num_classes)
-    data = [
-        jax.device_put(rng.integers(limit, size=like.shape, dtype=np.int32), like.sharding)
-        for limit, like in zip(limits, run.arguments[1:3], strict=True)
-    ]
+    tokens, conditions = run.arguments[1:3]
+    ids = rng.integers(config.model.codebook_size, size=tokens.shape, dtype=np.int32)
+    condition = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), conditions)
+    data = jax.device_put((ids, condition), run.placement.batch)
     state, key = run.initial_state(), run.placement.put(jax.random.key(0))
 
     def step(program: Any) -> Any:
@@ -134,13 +134,14 @@ def _bench_train(config: Config, repeats: int) -> dict[str, Any]:
 
 
 def _bench_sample(sampler: Sampler, images: int, repeats: int) -> dict[str, Any]:
-    config, plan = sampler.config, sampler.program.plan()
-    layout, classes = plan[0], np.arange(images) % sampler.config.model.num_classes
-    output: Output = "token_ids"
-    _, given = next(sampler.batches(classes, output=output, plan=plan, run=lambda *args, **_: args))
-    lowered = sampler.program.run.lower(*given, layout=layout, output=output)
+    config, program, placement = sampler.config, sampler.program, sampler.placement
+    (layout, traced), output, batch = program.plan(), "token_ids", program.batch_size(images)
+    shapes = condition_shapes(config.model, batch)  # of the first class, or of empty captions
+    condition = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    by_image = placement.put((condition, np.arange(batch, dtype=np.int32)), placement.batch)
+    given = sampler.params, (), *by_image, *placement.put((traced, jax.random.key(0)))
+    lowered = program.run.lower(*given, layout=layout, output=output)
     flops = generation_flops(config.model, layout.buckets, padded=False)
-    batch = sampler.program.batch_size(images)
     return {
         **_measured("sample", config, batch, lowered, lambda run: run(*given), flops, repeats),
         "steps": layout.steps,

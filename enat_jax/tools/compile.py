@@ -81,8 +81,9 @@ class Fit(NamedTuple):
 
 def unknown_sizes(config: Config) -> list[str]:
     """Says which sizes of a network nobody knows without its records."""
+    of_condition = {"class": ("num_classes",), "text": ("text_length", "text_width")}
     return [f"model.{name} = 0 is read from records: give a number"
-            for name in ("num_classes", "codebook_size")
+            for name in (*of_condition[config.model.condition], "codebook_size")
             if getattr(config.model, name) == 0]  # fmt: skip
 
 

@@ -166,7 +166,7 @@ class TestADataSet:
         ("fields", "message"),
         [
             ({"name": "cifar10"}, r"`tfds build cifar10 --data_dir=.*array_record`"),
-            ({"name": "digits"}, r"must have an image and a label, it has \['label', 'tokens'"),
+            ({"name": "digits"}, r"have an image, and a label or captions, it has \['label', 'tok"),
             ({"split": "test"}, r"split 'test'.*Should be one of \['train'\]"),
             ({"name": ""}, "give one of folder = '' and name = ''"),
             ({"folder": "a"}, "give one of folder = 'a' and name = 'pictures'"),

@@ -74,8 +74,8 @@ def test_a_users_function_that_fails_is_named():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "is"}, "'is' must be 'fid', 'digits' or 'package.module:function'"),
-        ({"name": "math:"}, "must be 'fid', 'digits' or 'package.module:function'"),
+        ({"name": "is"}, "'is' must be 'fid', 'digits', 'emoji' or 'package.module:func"),
+        ({"name": "math:"}, "must be 'fid', 'digits', 'emoji' or 'package.module:func"),
         ({"name": "no_such_module:f"}, "cannot be imported: ModuleNotFoundError"),
         ({"name": "math:nothing"}, "cannot be imported: AttributeError"),
         ({"name": "math:pi"}, "is no function but 3.14"),

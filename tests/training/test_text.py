@@ -94,7 +94,7 @@ def test_prompts_come_from_flags_and_files(workdir, tmp_path, capsys):
     [
         (["--classes=3"], "this model makes images of captions: give prompts, not classes"),
         ([], "this model makes images of captions: give at least one prompt"),
-        (["--prompts=none.txt"], "--prompts=none.txt: "),
+        (["--prompts=none.txt"], "captions 'none.txt': No such file"),
     ],
 )
 def test_what_a_model_of_captions_cannot_do_is_said(workdir, tmp_path, capsys, flags, problem):

@@ -152,7 +152,10 @@ def _speed(
     size, times = sampler.program.batch_size(cfg.num_images), []
     classes = np.resize(_class_ids(point, cfg), size * (1 + cfg.timed_batches))
     batches = sampler.batches(
-        classes, output="token_ids", batch_size=size, **dataclasses.asdict(point.config.strategy)
+        **point.objective.asked(classes),
+        output="token_ids",
+        batch_size=size,
+        **dataclasses.asdict(point.config.strategy),
     )
     before = compile_seconds()
     for _ in range(1 + cfg.timed_batches):
@@ -176,8 +179,8 @@ def _scores(
 
     shown = cfg.sheet if seed == cfg.seeds[0] and sampler.tokenizer is not None else 0
     scorer, classes, images, done = objective.start(), _class_ids(point, cfg), [], 0
-    strategy = dataclasses.asdict(point.config.strategy)
-    for count, token_ids in sampler.batches(classes, output="token_ids", seed=seed, **strategy):
+    asked = objective.asked(classes) | dataclasses.asdict(point.config.strategy)
+    for count, token_ids in sampler.batches(**asked, output="token_ids", seed=seed):
         scorer.add(decoded(token_ids, objective.wants), classes[done : done + count])
         if done < shown:
             images.append(np.asarray(decoded(token_ids, "uint8"))[: min(count, shown - done)])
@@ -186,7 +189,7 @@ def _scores(
 
 
 def _class_ids(point: Point, cfg: AblateConfig) -> Int[np.ndarray, " b"]:
-    return np.arange(cfg.num_images) % point.config.model.num_classes
+    return np.arange(cfg.num_images) % point.objective.kinds(point.config.model.num_classes)
 
 
 def _row(point: Point, seed: int, cfg: AblateConfig, scores: Row, speed: Row) -> Row:

@@ -66,8 +66,8 @@ class Evaluations:
         )
 
     def class_ids(self, images: int) -> Int[np.ndarray, " b"]:
-        """The images' classes, the same for every strategy."""
-        classes = self._sampler.config.model.num_classes
+        """The images' classes, or numbers of prompts, the same for every strategy."""
+        classes = self._objective.kinds(self._sampler.config.model.num_classes)
         if self._cfg.classes == "balanced":
             return np.arange(images, dtype=np.int32) % classes
         rng = np.random.default_rng(self._cfg.seed)
@@ -104,7 +104,7 @@ class Evaluations:
         classes, done = self.class_ids(images), 0
         scorers = [self._objective.start() for _ in candidates]
         for count, made in self._sampler.batches(
-            classes,
+            **self._objective.asked(classes),
             output=self._objective.wants,
             seed=self._cfg.seed,
             plan=(layout, stacked),
