@@ -66,7 +66,8 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         write_arrays(out, {"token_ids": np.concatenate(list(batches)), **labels})
     elif args.format == "grid":
         names = prompts or [*sampler.class_names, "any"]
-        grid = images.image_grid(np.concatenate(list(batches)), [names[c] for c in wanted])
+        labels, made = [names[c] for c in wanted], np.concatenate(list(batches))
+        grid = images.image_grid(made, labels, wrap=bool(prompts))
         images.write_png(out, grid)
     elif args.format == "png":
         images.write_pngs(out, batches, wanted, "prompt" if prompts else "class")

@@ -222,7 +222,7 @@ class TrainingPrograms(Programs):
             self._sampler.update(state.ema)
         if self._reader is not None:
             images = self._sampler.sample(prompts=self._captions)
-            return image_grid(images, self._captions), {}
+            return image_grid(images, self._captions, wrap=True), {}
         shown = min(self.config.model.num_classes, _GRID_CLASSES)
         classes = np.repeat(np.arange(shown), _GRID_CLASSES)
         names = [self._sampler.class_names[c] for c in classes]
