@@ -24,10 +24,11 @@ HELD_OUT = CELLS[::5]
 
 
 def records():
-    """Noise of one seed for a cell, brighter on one of two backgrounds; and one without a cell."""
+    """Noise for each cell, on blue the next one's on white, darker; and one without a cell."""
     for number, cell in enumerate([*CELLS, Cell("", "", "")]):
-        noise = np.random.default_rng(number).integers(0, 200, (6, 6, 3), np.uint8)
-        for background, brighter in (("white", 50), ("blue", 0)):
+        for next_one, (background, brighter) in enumerate((("white", 50), ("blue", 0))):
+            rng = np.random.default_rng(number + next_one)
+            noise = rng.integers(0, 200, (6, 6, 3), np.uint8)
             caption = f"{' '.join(cell)} on {background}".encode()
             fields = {name: value.encode() for name, value in cell._asdict().items()}
             image = encoded(Image.fromarray(noise + np.uint8(brighter)))
@@ -93,9 +94,10 @@ def test_what_is_wrong_in_a_factor_costs_this_factor():
 
 def test_pictures_are_compared_on_the_background_that_is_asked_for():
     scored = cells()
-    at = prompt(scored, *CELLS[0], "white")
-    made = picture(*CELLS[0], "blue")[None]  # darker than all on white, but nearest to its own
-    assert scored.right(made, np.array([at])).all()
+    at = [prompt(scored, *CELLS[5], background) for background in ("white", "blue")]
+    made = np.stack([picture(*CELLS[number], "blue") for number in (4, 5)])
+    assert scored.right(made, np.array(at)).all()
+    assert not scored.right(made[::-1], np.array(at)).all(axis=1).any()
 
 
 def test_the_nearest_training_picture_is_never_all_right():
