@@ -204,8 +204,8 @@ class TestUnreadableImages:
         (tmp_path / "a/4.png").symlink_to("/dev/zero")
         source = open_images(ImageConfig(folder=str(tmp_path)))
         for index, reason in enumerate(
-            ["not an image in a known format", "more than 4000 bytes",
-             "not a regular file", "not a regular file"]
+            ["not an image in a known format", "has more than 4000 bytes",
+             "is no regular file", "is no regular file"]
         ):  # fmt: skip
             with pytest.raises(UnreadableImage, match=f"^a/{index + 1}.png: {reason}$"):
                 source.read(index, 4)
