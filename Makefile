@@ -26,7 +26,7 @@ emoji: $(VENV)/installed
 	$(BIN)/enat tokenize --config=configs/emoji.py --batch_size=256
 	$(BIN)/enat train --config=configs/emoji.py --workdir=runs/emoji
 	$(BIN)/enat evaluate --workdir=runs/emoji --out=runs/emoji/held_out.json \
-		--config.evaluate.metrics=emoji --config.evaluate.num_images=600 \
+		--config.evaluate.metrics=emoji --config.evaluate.num_images=496 \
 		--config.images.split=held_out
 	$(BIN)/python docs/draw_emoji.py runs/emoji runs/emoji/held_out.png
 

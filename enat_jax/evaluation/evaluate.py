@@ -15,6 +15,7 @@ from tqdm import tqdm
 from enat_jax.checkpoints.digests import file_digest, weights_digest
 from enat_jax.errors import UserError, differences
 from enat_jax.evaluation.digits import real_halves
+from enat_jax.evaluation.emoji import Cells
 from enat_jax.evaluation.metric import Objective, Scorer, Wants
 from enat_jax.evaluation.objective import evaluated
 from enat_jax.files import Path, write_arrays, write_json
@@ -97,6 +98,17 @@ def evaluate(
                 f"{name:20} accuracy {each['accuracy']:.3f}"
                 f"   Frechet distance of pixels {each['frechet_distance']:.1f}"
             )
+    if cfg.metrics == "emoji" and sampler.tokenizer:
+        cells, grid = Cells(config.images.data_dir, config.images.split), config.tokenizer.grid
+        scores = {
+            "generated": scores["uint8"],
+            "reconstructed": cells.ceiling(sampler.tokenizer, grid),
+            **cells.floors(grid[0] * sampler.tokenizer.patch),
+        }
+        say(f"{total} emojis of {config.images.split} captions: {sampler.describe()}")
+        for name, each in scores.items():
+            shares = (f"{what} {share:.3f}" for what, share in each.items() if what != "error")
+            say(f"{name:15}{'   '.join(shares)}")
     result = {"scores": scores, **about}
     if out is not None and is_primary():
         write_json(out, result)
@@ -141,6 +153,7 @@ def _identity(restored: Restored, sampler: Sampler, seed: int) -> dict[str, Any]
         **{f"{name}_sha256": file_digest(path) for name, path in files.items()},
         "protocol": cfg.protocol,
         "metrics": cfg.metrics,
+        **({"split": config.images.split} if cfg.metrics == "emoji" else {}),
     }
 
 
