@@ -1,6 +1,7 @@
 """The program that makes a batch of images, described by shapes alone."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -22,6 +23,7 @@ from enat_jax.tokenizers.protocol import Tokenizer, as_uint8
 
 Layers = Literal["auto", "stacked", "unstacked"]
 Output = Literal["token_ids", "floats", "uint8"]
+_KEPT = 8  # compiled layouts: each takes tens of megabytes
 
 
 class GenerationProgram:
@@ -37,11 +39,7 @@ class GenerationProgram:
         UserError: attention heads that do not divide over the mesh.
 
     Attributes:
-        run: the jitted function of the network's parameters, the tokenizer's, conditions (class
-            ids `[b]`, or `Captions`), image ids `[b]`, the strategy's numbers and the key; `layout`
-            and `output` are given by name. It returns token ids or images, split over the devices
-            by image.
-        decode: the jitted second half of it: images of the tokenizer's weights and token ids
+        decode: the jitted second half of what `run` does: images of the tokenizer's weights and token ids
             `[b n]`; `output` is given by name.
         stored: shapes of the network's parameters as a checkpoint has them, placed.
         params: the same as `run` takes them, see `prepare`.
@@ -65,7 +63,7 @@ class GenerationProgram:
         self.params = placement.params(jax.eval_shape(self._prepare, self.stored))
         self._graphdef = nnx.graphdef(nnx.eval_shape(self._network))
         by_image = placement.batch
-        self.run = jax.jit(self._run, static_argnames=("layout", "output"), out_shardings=by_image)
+        self._by_layout: dict[tuple[Layout, Output], Any] = {}
         self.decode = jax.jit(self._images, static_argnames="output", out_shardings=by_image)
         self._prepared = jax.jit(
             self._prepare, out_shardings=jax.tree.map(lambda x: x.sharding, self.params)
@@ -82,6 +80,25 @@ class GenerationProgram:
     def network(self, params: nnx.State) -> Any:
         """The network of parameters as `prepare` returns them; called within a program."""
         return nnx.merge(self._graphdef, self.placement.weights(params))
+
+    def run(self, *given: Any, layout: Layout, output: Output) -> Array:
+        """Makes a batch: token ids or images, split over the devices by image.
+
+        Given are the network's parameters, the tokenizer's, conditions (class ids `[b]`, or
+        `Captions`), image ids `[b]`, the strategy's numbers and the key.
+        """
+        return self.jitted(layout, output)(*given)
+
+    def jitted(self, layout: Layout, output: Output) -> Any:
+        """What `run` calls. The layouts used last are kept compiled, earlier ones are let go."""
+        program = self._by_layout.pop((layout, output), None)
+        if program is None:
+            make = functools.partial(self._run, layout=layout, output=output)
+            program = jax.jit(make, out_shardings=self.placement.batch)
+        self._by_layout[layout, output] = program  # as the last
+        if len(self._by_layout) > _KEPT:
+            self._by_layout.pop(next(iter(self._by_layout))).clear_cache()
+        return program
 
     def strategy(self, **changes: Any) -> GenerationStrategy:
         """The config's strategy, step by step, with some fields changed.
@@ -149,7 +166,7 @@ class GenerationProgram:
             small,
         )
         given = (self.params, decoder, condition, ids, traced, key)
-        return self.run.lower(*given, layout=layout, output=output)
+        return self.jitted(layout, output).lower(*given)
 
     def _network(self) -> nnx.Module:
         model = make_network(self.config.model, rngs=nnx.Rngs(0), placement=self.placement)

@@ -140,7 +140,7 @@ def _bench_sample(sampler: Sampler, images: int, repeats: int) -> dict[str, Any]
     condition = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     by_image = placement.put((condition, np.arange(batch, dtype=np.int32)), placement.batch)
     given = sampler.params, (), *by_image, *placement.put((traced, jax.random.key(0)))
-    lowered = program.run.lower(*given, layout=layout, output=output)
+    lowered = program.jitted(layout, output).lower(*given)
     flops = generation_flops(config.model, layout.buckets, padded=False)
     return {
         **_measured("sample", config, batch, lowered, lambda run: run(*given), flops, repeats),

@@ -1,6 +1,8 @@
 import dataclasses
+import gc
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -104,3 +106,21 @@ def test_it_compiles_for_devices_that_are_not_there():
         [sys.executable, "-c", FOR_A_TPU], env=env, capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
+
+
+def test_programs_of_layouts_long_out_of_use_are_let_go():
+    program = small_program()
+    layouts = [
+        program.plan(guidance_scale=scale, steps=steps)[0]
+        for steps in (1, 2, 3, 4)
+        for scale in (0.0, 2.0)
+    ]
+    layouts += [dataclasses.replace(layout, length=5) for layout in layouts]
+    layouts = list(dict.fromkeys(layouts))
+    kept = [program.jitted(layout, "token_ids") for layout in layouts[-8:]]
+    first = weakref.ref(program.jitted(layouts[0], "token_ids"))
+    assert [program.jitted(layout, "token_ids") for layout in layouts[-8:]] != kept  # one anew
+    gc.collect()
+    assert first() is None
+    again = [program.jitted(layout, "token_ids") for layout in layouts[-8:]]
+    assert again == [program.jitted(layout, "token_ids") for layout in layouts[-8:]]
