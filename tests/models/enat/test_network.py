@@ -20,7 +20,7 @@ from enat_jax.models.layers import layer_norm
 from tests.support.golden import enat_from
 from tests.support.networks import parameter_count
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[3] / "configs").glob("enat_*.py"))
+CONFIGS = sorted((pathlib.Path(__file__).parents[3] / "configs").glob("enat_[sbl]_*[0-9].py"))
 PARAMETERS = {  # with the MLP that the reference builds and never calls; millions in its paper
     "enat_s_256": (50_384_219, None),
     "enat_b_256": (219_646_721, 219),
