@@ -39,8 +39,8 @@ class GenerationProgram:
         UserError: attention heads that do not divide over the mesh.
 
     Attributes:
-        decode: the jitted second half of what `run` does: images of the tokenizer's weights and token ids
-            `[b n]`; `output` is given by name.
+        decode: the jitted second half of what `run` does: images of the tokenizer's weights and
+            token ids `[b n]`; `output` is given by name.
         stored: shapes of the network's parameters as a checkpoint has them, placed.
         params: the same as `run` takes them, see `prepare`.
         decode_batch_size: images that a device decodes at a time.
