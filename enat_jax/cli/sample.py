@@ -66,8 +66,8 @@ def run(args: flags.FlagValues, overrides: list[str]) -> int:
         write_arrays(out, {"token_ids": np.concatenate(list(batches)), **labels})
     elif args.format == "grid":
         names = prompts or [*sampler.class_names, "any"]
-        labels, made = [names[c] for c in wanted], np.concatenate(list(batches))
-        grid = images.image_grid(made, labels, wrap=bool(prompts))
+        made = np.concatenate(list(batches))  # which refuses numbers of no class
+        grid = images.image_grid(made, [names[c] for c in wanted], wrap=bool(prompts))
         images.write_png(out, grid)
     elif args.format == "png":
         images.write_pngs(out, batches, wanted, "prompt" if prompts else "class")
