@@ -4,9 +4,9 @@
     enat tokenize --config=configs/emoji.py --batch_size=256
     enat train --config=configs/emoji.py --workdir=runs/emoji
 
-`make emoji` runs these three, scores the run on captions whose role, gender and skin tone were never
-trained on together, and draws some of them beside the real pictures. The strategy was chosen among
-nine on the validation split.
+`make emoji` runs these three, scores the run on captions whose role, gender and skin tone were
+never trained on together, and draws some of them beside the real pictures. The strategy was chosen
+among nine on the validation split.
 
 All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0.
 """
