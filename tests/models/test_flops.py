@@ -101,7 +101,10 @@ def test_a_generation_costs_what_the_formula_says(name):
 
     formula = generation_flops(cfg, layout.buckets, padded=False)
     assert [bucket.guided for bucket in layout.buckets][1:] == [True] * 3
-    assert formula <= counted(run, params, conditions(cfg, 1)) <= ELEMENTWISE * formula
+    # where nothing is reused, a caption's keys and values in the encoder are the same product at
+    # every step, which the compiler makes once
+    least = 0.98 if name == "text_features" else 1
+    assert least * formula <= counted(run, params, conditions(cfg, 1)) <= ELEMENTWISE * formula
 
 
 @networks("enat", "text")
