@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from enat_jax.config import TokenizerConfig
 from enat_jax.config_file import make_config
 from enat_jax.errors import UserError
 from enat_jax.parallel.placement import Placement
+from enat_jax.text.clip import CLIPTextConfig, abstract_clip
 from enat_jax.tokenizers.config import PatchesConfig
 from enat_jax.tokenizers.patches import PatchesTokenizer, abstract_patches
 from enat_jax.tokenizers.pixels import Pixels
@@ -25,6 +27,7 @@ CHECKPOINTS = "checkpoints"  # folder of a workdir
 _KINDS = {
     "vqgan": ("a VQGAN", VQGANConfig, lambda cfg: abstract_vqgan(cfg)[1]),
     "patches": ("patches", PatchesConfig, abstract_patches),
+    "clip_text": ("a text encoder", CLIPTextConfig, lambda cfg: abstract_clip(cfg)[1]),
 }
 
 
@@ -44,7 +47,7 @@ def load_tokenizer(
     if cfg.name == "pixels":
         return Pixels(codebook_size or 256)
     if cfg.name == "patches":
-        patches, params = _load(cfg.weights, "patches", placement)
+        patches, params, _ = load_kind(cfg.weights, "patches", placement)
         tokenizer = PatchesTokenizer(patches, params, weights_digest(params))
     else:
         vqgan, params = load_vqgan(cfg.weights, dtype=cfg.dtype, placement=placement)
@@ -68,18 +71,29 @@ def load_vqgan(
     Raises:
         CheckpointError: no readable checkpoint of a VQGAN there.
     """
-    cfg, params = _load(path, "vqgan", placement, dtype=dtype)
-    return cfg, params
+    return load_kind(path, "vqgan", placement, dtype=dtype)[:2]
 
 
-def _load(
-    path: str | os.PathLike[str], kind: str, placement: Placement | None, **changed: Any
-) -> tuple[Any, nnx.State]:
-    """Config and EMA of a tokenizer of one kind, the config with some fields changed."""
+def load_kind(
+    path: str | os.PathLike[str],
+    kind: str,
+    placement: Placement | None,
+    *,
+    field: str = "tokenizer.weights",
+    **changed: Any,
+) -> tuple[Any, nnx.State, Mapping[str, Any]]:
+    """Config, with some fields changed, EMA and metadata of a frozen network in a workdir.
+
+    It is replicated on the placement's devices; on the first device by default. `field` of the
+    user's config names the path.
+
+    Raises:
+        CheckpointError: no readable checkpoint of this kind there.
+    """
     what, config, abstract = _KINDS[kind]
     folder = pathlib.Path(path) / CHECKPOINTS
     if not folder.is_dir():
-        raise CheckpointError(f"tokenizer.weights = {os.fspath(path)!r} is no workdir of {what}")
+        raise CheckpointError(f"{field} = {os.fspath(path)!r} is no workdir of {what}")
     checkpoints = Checkpoints(folder, read_only=True)
     metadata = checkpoints.metadata()
     if kind not in metadata:
@@ -89,4 +103,4 @@ def _load(
     target = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), abstract(cfg))
     restored = checkpoints.restore({"ema": target})
     assert restored is not None  # its metadata were there
-    return cfg, restored[1]["ema"]
+    return cfg, restored[1]["ema"], metadata
