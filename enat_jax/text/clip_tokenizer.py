@@ -155,7 +155,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        wanted = "'enat_jax[text]'" if name == "tokenizers" else name
+        wanted = "-e '.[text]'" if name == "tokenizers" else name
         raise UserError(
             f"CLIP's tokenizer needs the package {name}: pip install {wanted}"
         ) from error

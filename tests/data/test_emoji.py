@@ -73,7 +73,7 @@ class TestAssign:
 def test_it_is_a_shipped_data_set_whose_packages_are_named_where_they_are_missing(monkeypatch):
     assert shipped("emoji") is emoji.Emoji
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(UserError, match=r"needs the package resvg_py: `pip install 'enat_jax\[em"):
+    with pytest.raises(UserError, match=r"needs the package resvg_py: `pip install -e '\.\[em"):
         emoji.read_pictures()
 
 

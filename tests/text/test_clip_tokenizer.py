@@ -129,7 +129,7 @@ def test_what_is_no_tokenizer_of_clips_is_told_in_a_line(changes, part):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("package", "how"), [("tokenizers", "'enat_jax[text]'"), ("ftfy", "ftfy")])
+@pytest.mark.parametrize(("package", "how"), [("tokenizers", "-e '.[text]'"), ("ftfy", "ftfy")])
 def test_a_package_that_is_missing_is_told_with_how_to_get_it(monkeypatch, package, how):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError) as caught:
