@@ -65,21 +65,22 @@ def load_caption_reader(
     *,
     warn: Callable[[str], object] = print,
 ) -> CaptionReader | None:
-    """The reader of a config; None where images are made from classes.
+    """The reader of a config; None for `none`, and where another is described.
 
     Args:
         cfg: which one.
-        described: what the records, or a checkpoint, say of it: words and digests.
+        described: what the records, or a checkpoint, say of it: name, words and digests.
         placement: of the devices.
         warn: called with one line on captions that do not fit.
 
     Raises:
         CheckpointError: no encoder where the config says, or not the one that is described.
     """
-    if cfg.name == "none" or (cfg.name == "words" and described is None):
-        return None
     described = described or {}
-    if cfg.name == "words" and "words" in described:
+    is_another = described.get("name", cfg.name) != cfg.name
+    if cfg.name == "none" or is_another or (cfg.name == "words" and not described):
+        return None
+    if cfg.name == "words":
         words = Words(described["words"], described["length"], warn=warn)
         return CaptionReader(words, None, placement)
     tokenizer, encoder = load_text_encoder(cfg.weights, placement, warn=warn)

@@ -21,8 +21,9 @@ from enat_jax.files import read_json
 from enat_jax.parallel.hosts import from_primary, is_primary, several
 
 T = TypeVar("T")
-_KINDS = {"fields": dict, "config": dict, "vqgan": dict, "patches": dict, "position": dict,
-          "images": int, "class_names": list, "tokenizer_digest": str}  # fmt: skip
+_KINDS = {"fields": dict, "config": dict, "vqgan": dict, "patches": dict, "clip_text": dict,
+          "text": dict, "position": dict, "images": int, "class_names": list,
+          "tokenizer_digest": str}  # fmt: skip
 _LOGGER = logging.getLogger(__name__)
 
 

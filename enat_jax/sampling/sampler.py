@@ -114,8 +114,8 @@ class Sampler:
 
         Raises:
             UserError: no images, a class id out of range, classes asked of a model of captions or
-                the other way round, a strategy that cannot be, or images asked of a model without
-                a tokenizer.
+                the other way round, a model of captions without their reader, a strategy that
+                cannot be, or images asked of a model without a tokenizer.
         """
         decoder, placement = self.program.decoder(output), self.placement
         given, condition = self._asked(class_ids, prompts, negative_prompt)
@@ -155,6 +155,11 @@ class Sampler:
     ) -> tuple[Int[np.ndarray, "b ..."], Callable[[Array], PyTree]]:
         """Numbers for each image, and what makes a batch's condition of some of them."""
         if self.reader is None:
+            if self.config.model.condition == "text":
+                raise UserError(
+                    f"text.name = {self.config.text.name!r} is not what this model reads captions"
+                    " with: give --config.text.name, and --config.text.weights for 'clip'"
+                )
             if len(prompts) or negative_prompt:
                 raise UserError("this model makes images of classes: it reads no prompts")
             return self._checked(class_ids), lambda batch: batch

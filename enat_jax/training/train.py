@@ -53,6 +53,7 @@ def train(config: Config, workdir: Path, *, log: Callable[[str], object] = print
             "data.name": config.data.name,
             "data.split": config.data.split,
             "records": info.num_records,
+            **({} if reader is None else {"captions": reader.digests}),
         },
         sections=("model", "tokenizer"),
         may_differ=MAY_DIFFER,

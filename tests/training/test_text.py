@@ -1,5 +1,7 @@
 """From images with captions to images of captions, through the commands."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,3 +111,27 @@ def test_a_model_of_classes_reads_no_prompts(trained, tmp_path, capsys):
     out = f"--out={tmp_path / 'x.png'}"
     assert main(["sample", f"--workdir={trained}", out, "--prompt=a three"]) != 0
     assert "this model makes images of classes: it reads no prompts" in capsys.readouterr().err
+
+
+def test_captions_of_another_reader_are_refused(workdir, tmp_path, capsys):
+    config, data = workdir.parent / "config.py", tmp_path / "data"
+    clip = ["--config.text.name=clip", "--config.text.weights=runs/clip"]
+    assert main(["train", f"--config={config}", f"--workdir={tmp_path / 'run'}", *clip]) != 0
+    assert "text.name = clip, the records have words" in capsys.readouterr().err
+    # the same images, one word of whose captions is another
+    images = shutil.copytree(workdir.parent / "images", tmp_path / "images")
+    for path in images.glob("*.txt"):
+        path.write_text(path.read_text().replace("digit", "number"))
+    other = [f"--config.images.folder={images}", f"--config.data.data_dir={data}"]
+    assert main(["tokenize", f"--config={config}", *other]) == 0
+    flags = [f"--config={config}", f"--workdir={workdir}", "--config.train.steps=6", *other]
+    assert main(["train", *flags]) != 0
+    assert "in the middle of other data: captions.digest" in capsys.readouterr().err
+
+
+def test_a_model_of_captions_says_what_it_needs_to_read_them(workdir, tmp_path, capsys):
+    flags = [f"--workdir={workdir}", f"--out={tmp_path / 'x.png'}", "--prompt=a zero"]
+    assert main(["sample", *flags, "--config.text.name=none"]) != 0
+    error = capsys.readouterr().err
+    assert "text.name = 'none' is not what this model reads captions with" in error
+    assert "Traceback" not in error
